@@ -1,0 +1,4182 @@
+"""List and fetch Sentinel products of the Copernicus Data Space: one file, standard library only.
+
+    settings file -> inquiry -> table -> downloaded, checked files
+
+As a program:
+
+    python -m cso_dataspace run      my.rc               inquire, write the table, download
+    python -m cso_dataspace inquire  my.rc               the table only
+    python -m cso_dataspace download table.csv           the files of a table
+    python -m cso_dataspace check    my.rc               is everything in place, and if not, what to do
+
+As a library:
+
+    import cso_dataspace as cso
+    settings = cso.read_settings("my.rc")
+    rows = cso.inquire(settings, "cso.s5p.no2")          # list of Row, the table is written
+    with cso.Session() as session:
+        for outcome in cso.download(cso.tasks_of(rows, "data/%Y/%m"), session):
+            print(outcome.state, outcome.filename)
+
+A table is complete, or there is an error.  A file is complete and checked, or absent.  The access
+token goes to the Data Space only.
+
+Words: a *product* is one entry of the catalogue; its *footprint* the GeoJSON geometry of what it
+covers; a *box* is west, south, east, north in degrees; a *href* the url of its bytes; a *row* its
+line in the *table*, the csv file; a *part* the file beside the target while bytes come in.
+
+The names in `__all__` are promised, the rest may change.  Python 3.6 or newer.  MIT licence.
+"""
+
+import argparse
+import ast
+import base64
+import collections
+import configparser
+import csv
+import datetime
+import difflib
+import email.utils
+import errno
+import hashlib
+import hmac
+import http.client
+import io
+import itertools
+import json
+import logging
+import math
+import netrc
+import operator
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import weakref
+import zipfile
+import zlib
+from itertools import chain
+from math import asin, atan, atan2, ceil, cos, degrees, floor, hypot, isfinite, radians, sin, sqrt, tan
+from typing import List, NamedTuple, Tuple
+
+__version__ = "1.0"
+
+__all__ = [
+    "CSO_DataSpace_Downloader", "CSO_DataSpace_Inquire", "NullAuth", "RcFile", "UtopyaRc",
+    "Box", "CatalogueError", "CheckError", "DataSpaceError", "FileError", "HttpError", "LoginError",
+    "Outcome", "Product", "Query", "Retry", "Row", "Session", "Settings", "SettingsError",
+    "TableError", "Task", "box_overlap", "download", "fetch", "inquire", "main", "read_settings",
+    "read_table", "search", "split_geometry", "tasks_of", "write_settings", "write_table",
+]
+
+log = logging.getLogger("cso_dataspace")
+
+
+################ Errors ################
+
+# Every text reads: subject: what is wrong; what was expected or what to do.
+
+
+class DataSpaceError(Exception):
+    """Base of all errors that this module raises for what a user, a file or a service did.
+
+    `temporary` tells whether trying again later may help.
+    """
+
+    temporary = False
+
+
+class SettingsError(DataSpaceError):
+    """A settings file, a setting or a command line value is wrong; has `filename` and `lineno`."""
+
+    def __init__(self, message, filename=None, lineno=None):
+        place = ":".join(str(part) for part in (filename, lineno) if part)
+        super().__init__("%s: %s" % (place, message) if place else message)
+        self.filename, self.lineno = filename, lineno
+
+
+class TableError(DataSpaceError):
+    """A csv table can't be read or written; the text names file and line."""
+
+
+class CatalogueError(DataSpaceError):
+    """The catalogue's answer can't be taken as a complete list."""
+
+
+class LoginError(DataSpaceError):
+    """There are no credentials, or the service refused them.  Never tried again."""
+
+
+class FileError(DataSpaceError):
+    """A file can't be written; `full` tells that the disk or quota is exhausted."""
+
+    def __init__(self, message, full=False):
+        super().__init__(message)
+        self.full = full
+
+
+class CheckError(DataSpaceError):
+    """What arrived is not the file that the catalogue describes."""
+
+    def __init__(self, message, temporary=True):
+        super().__init__(message)
+        self.temporary = temporary
+
+
+class HttpError(DataSpaceError):
+    """A request failed; has `url`, `status` (0: no answer) and `retry_after` (seconds or None)."""
+
+    def __init__(self, message, url="", status=0, temporary=False, retry_after=None):
+        super().__init__(message)
+        self.url, self.status = url, status
+        self.temporary, self.retry_after = temporary, retry_after
+
+
+class Stopped(DataSpaceError):
+    """The run was asked to stop."""
+
+
+################ Expressions ################
+
+# The conditions of #if and `selection` and the sums of $(( )) are Python expressions of which a
+# small part is allowed: nothing here can call, import, or grow without bound.
+
+LONGEST_EXPRESSION = 10000      # characters
+DEEPEST = 100                   # levels of nesting, in expressions and of #if and #for
+MOST_BITS = 4096                # of an integer
+MOST_ITEMS = 100000             # characters of a text, items of a list
+
+FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min,
+             "max": max, "abs": abs, "round": round, "sum": sum}
+METHODS = ("startswith", "endswith", "lower", "upper", "strip", "split", "replace")
+CONSTANTS = {"Constant": "value", "Num": "n", "Str": "s", "NameConstant": "value"}
+
+
+def parse_expression(text):
+    """Return the tree of an expression for evaluate(); raise ValueError for what is not allowed."""
+    if len(text) > LONGEST_EXPRESSION:
+        raise ValueError("an expression of %d characters; at most %d are allowed"
+                         % (len(text), LONGEST_EXPRESSION))
+    if deepest_bracket(text) > DEEPEST // 2 or re.search(r"(?:(?:[-+~]|\bnot\b)\s*){50}", text):
+        raise ValueError("an expression nested too deep")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError("%r is no expression (%s)" % (
+            text.strip()[:200], getattr(error, "msg", None) or type(error).__name__)) from None
+    level = [tree]
+    for depth in itertools.count(1):
+        if not level:
+            return tree
+        if depth > DEEPEST:
+            raise ValueError("an expression nested more than %d deep" % DEEPEST)
+        for node in level:
+            check_node(node)
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+
+
+def deepest_bracket(text):
+    depths = itertools.accumulate((char in "([{") - (char in ")]}") for char in text)
+    return max(depths, default=0)
+
+
+def check_node(node):
+    """Raise ValueError for a node that is not allowed, and name it."""
+    kind = type(node).__name__
+    if kind == "Call":
+        called = node.func
+        name = getattr(called, "id", None) or getattr(called, "attr", "this")
+        allowed = METHODS if isinstance(called, ast.Attribute) else FUNCTIONS
+        if name not in allowed or node.keywords:
+            raise ValueError("a call of %s is not allowed" % name)
+    elif kind == "Attribute":
+        if node.attr not in METHODS:
+            raise ValueError("the attribute %s is not allowed" % node.attr)
+    elif kind not in ALLOWED:
+        raise ValueError("%s is not allowed in an expression" % kind)
+
+
+def evaluate(tree, names={}):
+    """Return the value of a parsed expression; `names` are the variables it may use.
+
+    Raises ValueError for anything that goes wrong.
+    """
+    try:
+        return VALUES[type(tree).__name__](tree, names)
+    except ValueError:
+        raise
+    except (TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+        raise ValueError("%s" % (error or type(error).__name__)) from None
+
+
+def value_of_name(node, names):
+    if node.id in names:
+        return names[node.id]
+    if node.id in FUNCTIONS:
+        return FUNCTIONS[node.id]
+    near = difflib.get_close_matches(node.id, list(names), 1)
+    raise ValueError("%s is not known; %s" % (
+        node.id, "is %s meant?" % near[0] if near else "texts need quotes"))
+
+
+def value_of_bool(node, names):
+    stop = isinstance(node.op, ast.Or)
+    for operand in node.values:
+        value = evaluate(operand, names)
+        if bool(value) is stop:
+            break
+    return value
+
+
+def value_of_compare(node, names):
+    left = evaluate(node.left, names)
+    for operation, operand in zip(node.ops, node.comparators):
+        right = evaluate(operand, names)
+        if not COMPARISONS[type(operation).__name__](left, right):
+            return False
+        left = right
+    return True
+
+
+def value_of_binary(node, names):
+    left, right = evaluate(node.left, names), evaluate(node.right, names)
+    kind = type(node.op).__name__
+    if kind == "Pow" and (bits(left) + 1) * abs(right) > MOST_BITS:
+        raise ValueError("a power as large as that is not allowed")
+    if kind == "Mult" and (bits(left) + bits(right) > MOST_BITS
+                           or size_of_value(left) * abs(int_of(right)) > MOST_ITEMS
+                           or size_of_value(right) * abs(int_of(left)) > MOST_ITEMS):
+        raise ValueError("a product or repeat as large as that is not allowed")
+    if kind == "Mod" and isinstance(left, (str, bytes)):
+        raise ValueError("formatting by % is not allowed")
+    if size_of_value(left) + size_of_value(right) > MOST_ITEMS:
+        raise ValueError("a text or list as large as that is not allowed")
+    return BINARY[kind](left, right)
+
+
+def bits(value):
+    return value.bit_length() if isinstance(value, int) else 64
+
+
+def int_of(value):
+    return value if isinstance(value, int) else 1
+
+
+def size_of_value(value):
+    return len(value) if hasattr(value, "__len__") else 0
+
+
+def value_of_call(node, names):
+    arguments = [evaluate(argument, names) for argument in node.args]
+    if isinstance(node.func, ast.Attribute):
+        text = evaluate(node.func.value, names)
+        if not isinstance(text, str):
+            raise ValueError("%s is for texts only" % node.func.attr)
+        if node.func.attr == "replace" and (len(text) + 1) * max(
+                [1] + [len(argument) for argument in arguments[1:2]]) > MOST_ITEMS:
+            raise ValueError("a replacement as large as that is not allowed")
+        return getattr(text, node.func.attr)(*arguments)
+    if node.func.id == "int" and isinstance(arguments[0], str) and len(arguments[0]) > 1000:
+        raise ValueError("a number as long as that is not allowed")
+    return FUNCTIONS[node.func.id](*arguments)
+
+
+def value_of_slice(node, names):
+    return slice(*(None if part is None else evaluate(part, names)
+                   for part in (node.lower, node.upper, node.step)))
+
+
+def items_of(node, names):
+    return [evaluate(item, names) for item in node.elts]
+
+
+COMPARISONS = {
+    "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le,
+    "Gt": operator.gt, "GtE": operator.ge, "Is": operator.is_, "IsNot": operator.is_not,
+    "In": lambda left, right: left in right, "NotIn": lambda left, right: left not in right}
+BINARY = {"Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
+          "FloorDiv": operator.floordiv, "Mod": operator.mod, "Pow": operator.pow}
+UNARY = {"Not": operator.not_, "UAdd": operator.pos, "USub": operator.neg}
+VALUES = {
+    "Name": value_of_name, "BoolOp": value_of_bool, "Compare": value_of_compare,
+    "BinOp": value_of_binary, "Call": value_of_call, "Slice": value_of_slice,
+    "List": items_of, "Tuple": lambda node, names: tuple(items_of(node, names)),
+    "Set": lambda node, names: set(items_of(node, names)),
+    "Dict": lambda node, names: {evaluate(key, names): evaluate(value, names)
+                                 for key, value in zip(node.keys, node.values)},
+    "UnaryOp": lambda node, names: UNARY[type(node.op).__name__](evaluate(node.operand, names)),
+    "IfExp": lambda node, names: evaluate(node.body if evaluate(node.test, names)
+                                          else node.orelse, names),
+    "Subscript": lambda node, names: evaluate(node.value, names)[evaluate(node.slice, names)],
+    "Index": lambda node, names: evaluate(node.value, names)}      # before Python 3.9
+for kind, attribute in CONSTANTS.items():
+    VALUES[kind] = lambda node, names, attribute=attribute: getattr(node, attribute)
+ALLOWED = (set(VALUES) | set(COMPARISONS) | set(BINARY) | set(UNARY)
+           | {"And", "Or", "Load"}) - {"Call"}
+
+
+################ Settings ################
+
+# file -> logical lines -> statements -> keys and values, by a work list: a statement whose
+# variables are not all known waits for them, so definitions may stand in any order.
+
+VARIABLE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
+LONGEST_LINE = 4 * 10 ** 6      # characters, after substitution
+LONGEST_TOTAL = 50 * 10 ** 6
+MOST_LINES = 10 ** 6            # statements, after #include and #for
+
+
+class Line(NamedTuple):
+    """A logical line, where it begins, and the files from the main one to this."""
+
+    text: str
+    filename: str
+    lineno: int
+    chain: tuple
+
+    @property
+    def word(self):
+        """The directive in column zero, such as "if"; empty for an ordinary line."""
+        match = re.match(r"#(\w*)", self.text)
+        return match.group(1) or "#" if match else ""
+
+    @property
+    def rest(self):
+        return self.text[len(self.word) + 1:].strip()
+
+    def wrong(self, message):
+        return SettingsError(message, self.filename, self.lineno)
+
+
+def read_text(filename):
+    """Return the text of a file, UTF-8 or else Latin-1; raise SettingsError."""
+    try:
+        with open(filename, "rb") as source:
+            data = source.read()
+    except (OSError, ValueError) as error:
+        raise SettingsError("can't be read: %s (current directory %s)" % (
+            getattr(error, "strerror", None) or error, os.getcwd()), filename) from None
+    if b"\0" in data:
+        raise SettingsError("a NUL byte; a text file was expected", filename,
+                            data[:data.index(b"\0")].count(b"\n") + 1)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def logical_lines(filename, chain=()):
+    """Yield the lines of a file, continuations joined by one blank, without comment lines."""
+    pieces, first = [], 0
+    physical = read_text(filename).split("\n")
+    for lineno, text in enumerate(physical, 1):
+        text = text.rstrip()
+        first = first or lineno
+        pieces.append((text.strip() if pieces else text).rstrip("\\").rstrip())
+        if text.endswith("\\") and lineno < len(physical):
+            continue
+        joined = " ".join(pieces).rstrip()
+        if joined and not joined.lstrip().startswith("!"):
+            yield Line(joined, filename, first, chain + (filename,))
+        pieces, first = [], 0
+
+
+def statements(lines):
+    """Yield (line, branches): branches are None but for #if and #for, which take their body along.
+
+    A branch is its header and the lines of its body, which are not read before they are active.
+    """
+    lines = iter(lines)
+    for line in lines:
+        if line.word in ("if", "for"):
+            yield line, branches_of(line, lines)
+        elif line.word in ("elif", "else", "endif", "endfor"):
+            raise line.wrong("#%s without its beginning; expected #if or #for before" % line.word)
+        else:
+            yield line, None
+
+
+def branches_of(opener, lines):
+    branches, openers = [(opener, [])], [opener]
+    for line in lines:
+        word = line.word
+        if word in ("if", "for"):
+            openers.append(line)
+            if len(openers) > DEEPEST:
+                raise line.wrong("#if and #for nested more than %d deep" % DEEPEST)
+        elif word in ("endif", "endfor"):
+            last = openers.pop()
+            if word != "end" + last.word:
+                raise line.wrong("#%s ends the #%s of line %d; expected #end%s" % (
+                    word, last.word, last.lineno, last.word))
+            if not openers:
+                return branches
+        if word in ("elif", "else") and len(openers) == 1 and opener.word == "if":
+            branches.append((line, []))
+        else:
+            branches[-1][1].append(line)
+    raise opener.wrong("#%s without an end; expected #end%s" % (opener.word, opener.word))
+
+
+def uncommented(text):
+    """Return a line as written without its trailing comment, which begins at a "!" in the value.
+
+    Where the value has an escaped "\\!", a literal "!", nothing is cut.
+    """
+    key, colon, value = text.partition(":")
+    value = value.replace("\\!", "!") if "\\!" in value else value.partition("!")[0]
+    return key + colon + value
+
+
+def calculated(text, line):
+    """Return the text with each $(( EXPRESSION )) replaced by its value."""
+    while "$((" in text:
+        before, _, after = text.partition("$((")
+        depths = itertools.accumulate((char == "(") - (char == ")") for char in "((" + after)
+        end = next((index for index, depth in enumerate(depths) if depth == 0), 0) - 2
+        if end < 1 or after[end - 1] != ")":
+            raise line.wrong("$(( without )); expected a sum such as $(( 1 + 2 ))")
+        try:
+            value = evaluate(parse_expression(after[:end - 1]))
+        except ValueError as error:
+            raise line.wrong("$((%s)): %s" % (after[:end - 1][:200], error)) from None
+        text = before + str(value) + after[end + 1:]
+    return text
+
+
+class Unknown(Exception):
+    """Some variables of a statement have no value yet; `names` are they."""
+
+    def __init__(self, names):
+        super().__init__(names)
+        self.names = names
+
+
+class Reader:
+    """Reads one settings file with all it includes into `values` and `places`, dicts by key."""
+
+    def __init__(self, filename, env, environ, chain=()):
+        self.filename, self.env, self.environ = filename, env, environ
+        self.values, self.places, self.specials = {}, {}, {}
+        self.queue, self.waiting = collections.deque(), {}
+        self.statements = self.characters = 0
+        self.push(logical_lines(filename, chain))
+        self.work()
+        if self.waiting:                # own keys first: what is left may be meant as a special
+            self.specials = special_variables()
+            for name in self.specials:
+                self.wake(name)
+            self.work()
+        if self.waiting:
+            raise self.undefined()
+
+    def push(self, lines):
+        added = list(statements(lines))
+        self.statements += len(added)
+        if self.statements > MOST_LINES:
+            raise SettingsError("more than %d lines after #include and #for" % MOST_LINES,
+                                self.filename)
+        self.queue.extendleft(reversed(added))
+
+    def work(self):
+        actions = {"": self.define, "if": self.choose, "for": self.repeat, "error": self.fail,
+                   "include": self.include, "from": self.take}
+        while self.queue:
+            line, branches = self.queue.popleft()
+            if line.word not in actions:
+                raise line.wrong("%r is no directive; expected #include, #from, #if, #for or "
+                                 "#error (a comment begins with !)" % line.text[:60])
+            try:
+                actions[line.word](line, branches)
+            except Unknown as unknown:
+                waiter = (set(unknown.names), line, branches)
+                for name in waiter[0]:
+                    self.waiting.setdefault(name, []).append(waiter)
+
+    def wake(self, name):
+        for names, line, branches in self.waiting.pop(name, ()):
+            names.discard(name)
+            if not names:
+                self.queue.append((line, branches))
+
+    def lookup(self, name):
+        for source in (self.env, self.environ, self.values, self.specials):
+            if name in source:
+                return str(source[name])
+        return None
+
+    def substitute(self, text, line):
+        """Return the text with its variables filled in, in one pass; raise Unknown."""
+        size = 0
+
+        def value(match):
+            nonlocal size
+            found = known[match.group(1)]
+            size += len(found)
+            if size > LONGEST_LINE:
+                raise line.wrong("longer than %d characters with its variables" % LONGEST_LINE)
+            return found
+
+        known = {name: self.lookup(name) for name in set(VARIABLE.findall(text))}
+        missing = [name for name in known if known[name] is None]
+        if missing:
+            raise Unknown(missing)
+        return VARIABLE.sub(value, text)
+
+    def header(self, line):
+        """Return what follows a directive, with its variables filled in."""
+        return self.substitute(line.rest, line)
+
+    def define(self, line, branches):
+        text = calculated(self.substitute(uncommented(line.text), line), line)
+        key, colon, value = (piece.strip() for piece in text.partition(":"))
+        if not colon:
+            raise line.wrong("no ':' in %r; expected 'key : value'" % line.text.strip()[:60])
+        self.put(key, value, line)
+
+    def put(self, key, value, line):
+        if key in self.values:
+            raise line.wrong("key %r is defined twice, before at %s:%d; expected one definition"
+                             % (key, self.places[key].filename, self.places[key].lineno))
+        self.characters += len(key) + len(value)
+        if self.characters > LONGEST_TOTAL:
+            raise line.wrong("more than %d characters in all values" % LONGEST_TOTAL)
+        self.values[key], self.places[key] = value, line
+        self.wake(key)
+
+    def choose(self, line, branches):
+        for header, body in branches:
+            if header.word == "else" or self.condition(header):
+                self.push(body)
+                return
+
+    def condition(self, line):
+        text = self.header(line)
+        try:
+            return evaluate(parse_expression(re.sub(r":\s*$", "", text)))
+        except ValueError as error:
+            raise line.wrong("#%s %s: %s" % (line.word, text[:200], error)) from None
+
+    def repeat(self, line, branches):
+        match = re.match(r"(\S+)\s+in(?:\s+(.*?))?\s*:?$", self.header(line), re.S)
+        if not match:
+            raise line.wrong("%r; expected '#for NAME in WORD WORD ...'" % line.text[:60])
+        name, words = match.group(1), (match.group(2) or "").split()
+        body = branches[0][1]
+        if len(words) * len(body) > MOST_LINES:
+            raise line.wrong("a #for that makes more than %d lines" % MOST_LINES)
+        for word in reversed(words):
+            grown = sum(len(inner.text) + inner.text.count(name) * len(word) for inner in body)
+            self.characters += grown
+            if self.characters > LONGEST_TOTAL:
+                raise line.wrong("a #for that makes more than %d characters" % LONGEST_TOTAL)
+            self.push(inner._replace(text=inner.text.replace(name, word)) for inner in body)
+
+    def fail(self, line, branches):
+        raise line.wrong(self.header(line).replace("\\n", "\n").replace("\\t", "    "))
+
+    def include(self, line, branches):
+        name = self.header(line)
+        below, main = os.path.dirname(line.filename), os.path.dirname(line.chain[0])
+        tried = ([os.path.join(below, name)] if name.startswith("./") else
+                 [name, os.path.join(below, name), os.path.join(main, name)])
+        self.push(logical_lines(existing(tried, line), line.chain))
+
+    def take(self, line, branches):
+        match = re.match(r"(.+?)\s+import\s+(.+)$", self.header(line))
+        words = match.group(2).split() if match else []
+        renamed = len(words) == 3 and words[1] == "as"
+        if not words or ("as" in words and not renamed):
+            raise line.wrong("%r; expected '#from FILE import KEY ...' or '#from FILE import KEY as "
+                             "NAME'" % line.text[:80])
+        path = existing([os.path.join(os.path.dirname(line.filename), match.group(1))], line)
+        values = Reader(path, self.env, self.environ, line.chain).values
+        for key, name in [(words[0], words[2])] if renamed else zip(words, words):
+            if key not in values:
+                raise line.wrong("no key %r in %s%s" % (key, path, near(key, values)))
+            self.put(name, values[key], line)
+
+    def undefined(self):
+        """Return the error for the variables that nobody defines, or that need each other."""
+        waiters = [(line, name) for name, group in self.waiting.items() for _, line, _ in group]
+        pending = {line.text.partition(":")[0].strip(): line for line, name in waiters}
+        waiters.sort(key=lambda waiter: (waiter[1] in pending, waiter[0].filename,
+                                         waiter[0].lineno, waiter[1]))
+        line, name = waiters[0]
+        if name not in pending:
+            return line.wrong("${%s} is not defined%s; expected a key of that name here, or in the "
+                              "environment" % (name, near(name, list(self.values) + list(pending)
+                                                          + list(self.env) + list(self.environ))))
+        return line.wrong("${%s} needs itself, by way of line %d of %s; expected a value that "
+                          "does not" % (name, pending[name].lineno, pending[name].filename))
+
+
+def near(name, names):
+    found = difflib.get_close_matches(name, list(names)[:5000], 2)
+    return " (near: %s)" % ", ".join(found) if found else ""
+
+
+def existing(tried, line):
+    """Return the first of the paths that is a file, and not one that is being read already."""
+    tried = list(dict.fromkeys(map(os.path.normpath, tried)))
+    for path in tried:
+        if os.path.isfile(path):
+            if os.path.realpath(path) in map(os.path.realpath, line.chain):
+                raise line.wrong("%s includes itself: %s" % (path, " -> ".join(
+                    line.chain + (path,))))
+            if len(line.chain) >= DEEPEST:
+                raise line.wrong("files included more than %d deep" % DEEPEST)
+            return path
+    raise line.wrong("%s is not found; tried %s" % (
+        line.text[:200], ", ".join(os.path.abspath(path) for path in tried)))
+
+
+def special_variables():
+    return {"pid": os.getpid(), "hostname": socket.gethostname(), "pwd": os.getcwd(),
+            "script": os.path.splitext(os.path.basename(sys.argv[0]))[0]}
+
+
+################ Typed values ################
+
+BOOLEANS = {"T": True, "True": True, "yes": True, "1": True,
+            "F": False, "False": False, "no": False, "0": False}
+LITERALS = {"int": int, "float": float, "list": list, "tuple": tuple, "dict": dict, "set": set}
+
+
+def converted(text, totype):
+    """Return the text of a value as type "str", "bool", "int", "datetime" etc.; raise ValueError.
+
+    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.  Times are
+    UTC, 2018-07-01 00:00 or 2018-07-01T00:00:00Z.
+    """
+    if totype in ("", "str"):
+        if not totype and text in ("T", "F", "True", "False"):
+            raise ValueError("looks like a bool; ask for it as 'bool' or 'str'")
+        return text
+    if totype == "bool":
+        if text not in BOOLEANS:
+            raise ValueError("is no bool; expected one of %s" % " ".join(BOOLEANS))
+        return BOOLEANS[text]
+    if totype == "datetime":
+        return datetime_of(text)
+    if totype not in LITERALS:
+        raise ValueError("can't be given as %r; expected one of str bool datetime %s"
+                         % (totype, " ".join(LITERALS)))
+    try:
+        kind = LITERALS[totype]
+        return kind(evaluate(parse_expression(text))) if text.strip() else kind()
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError("is no %s: %s" % (totype, error)) from None
+
+
+def datetime_of(text):
+    words = re.sub(r"[-/:]|(?<=\d)T(?=\d)", " ", re.sub(r"Z$", "", text.strip())).split()
+    try:
+        if 3 <= len(words) <= 7:
+            return datetime.datetime(*map(int, words))
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("is no time; expected yyyy-mm-dd HH:MM:SS (UTC), such as 2018-07-01 00:00")
+
+
+class Settings:
+    """The values of a settings file, held in a case-sensitive strict configparser store."""
+
+    SECTION = "settings"
+
+    def __init__(self, filename, values=(), places=()):
+        self.filename, self.places = filename, dict(places)
+        self.store = configparser.RawConfigParser(strict=True, delimiters=(":",))
+        self.store.optionxform = str
+        self.store.add_section(self.SECTION)
+        for key, value in dict(values).items():
+            self.store.set(self.SECTION, key, value)
+
+    def keys(self):
+        """Return all keys, in the order of the files."""
+        return sorted(self.store.options(self.SECTION), key=lambda key: (
+            self.places[key].filename != self.filename, self.places[key][1:3]))
+
+    def __contains__(self, key):
+        return self.store.has_option(self.SECTION, key)
+
+    def place(self, key):
+        """Return where a key is defined, as file:line."""
+        return "%s:%d" % self.places[key][1:3] if key in self.places else self.filename
+
+    def set(self, key, value, place):
+        """Give a key another value; `place` is named in errors."""
+        self.store.set(self.SECTION, key, value)
+        self.places[key] = Line("", place, 1, ())
+
+    def get(self, key, totype="", default=None):
+        """Return a value as a type of converted(); raise SettingsError.
+
+        `default`, if not None, is returned as it is for a key that is absent.
+        """
+        if key not in self:
+            if default is not None:
+                return default
+            raise SettingsError("key %r is not there%s" % (key, near(key, self.keys())),
+                                self.filename)
+        text = self.store.get(self.SECTION, key)
+        try:
+            return converted(text, totype)
+        except ValueError as error:
+            raise SettingsError("%s: %r %s" % (key, text[:200], error), self.place(key)) from None
+
+
+def read_settings(filename, env={}, environ=os.environ):
+    """Return the Settings of a file in the rc format; raise SettingsError with file and line.
+
+    `env` are variables for ${NAME}, of any type; they go before those of the environment.
+    """
+    reader = Reader(os.fspath(filename), env, environ)
+    return Settings(os.fspath(filename), reader.values, reader.places)
+
+
+def write_settings(settings, filename):
+    """Write the values as `key : value` lines that read back the same, beside and renamed."""
+    lines = ["%s : %s\n" % (key, written(settings.get(key, "str"))) for key in settings.keys()]
+    replace_file(os.fspath(filename), "".join(lines).encode("utf-8"))
+
+
+def written(value):
+    """Return a value as it is written in a file, what would be read as more in an expression."""
+    if VARIABLE.search(value) or "$((" in value or value.endswith("\\"):
+        quoted = repr(value)
+        broken = re.sub(r"\$(?=[{(])", "$%s %s" % (quoted[0], quoted[0]), quoted)
+        return "$(( %s ))" % broken.replace("!", "\\!")
+    return value.replace("!", "\\!")
+
+
+def candidates(rcbase, name):
+    """Return the keys under which a setting is looked for, in order.
+
+    >>> candidates("cso.no2", "area")
+    ['cso.no2.area', '*.cso.no2.area', '*.no2.area', '*.area']
+    """
+    full = (rcbase + "." + name if rcbase else name).replace("..", ".").lstrip(".")
+    parts = full.split(".")
+    return [full] + ["*." + ".".join(parts[index:]) for index in range(len(parts))]
+
+
+def rcbases(settings):
+    """Return the bases under which the file holds an inquiry, sorted."""
+    ending = ".timerange.start"
+    return sorted(key[:-len(ending)] for key in settings.keys()
+                  if key.endswith(ending) and not key.startswith("*"))
+
+
+################ Names, times, boxes ################
+
+# Columns of a Sentinel-5P file name (Sentinel-5P PRF file naming convention): fixed widths, so
+# never split on "_", which product types contain.  AUX names have no orbit, collection, version.
+S5P_NAME = re.compile(
+    r"S5P_(?P<processing>.{4})_(?P<producttype>.{10})_(?P<start>\d{8}T\d{6})_(?P<end>\d{8}T\d{6})_"
+    r"(?:(?P<orbit>\d{5})_(?P<collection>\d\d)_(?P<processor_version>\d{6})_)?"
+    r"(?P<production>\d{8}T\d{6})(?:\.\w+)?$")
+
+# The baseline in the names of Sentinel-2 (N0500), -3 (004.SEN3) and -6 (F08.SEN6).
+BASELINE = re.compile(r"S2.*_N(?P<s2>\d{4})_R|S3.*_(?P<s3>\d{3})\.SEN3$|S6.*_(?P<s6>\w{3})\.SEN6$")
+
+S5P_PRODUCTTYPES = (
+    ["L1B_RA_BD%d" % band for band in range(1, 9)] + ["L1B_IR_SIR", "L1B_IR_UVN"]
+    + ["L2__" + species.ljust(6, "_") for species in (
+        "AER_AI AER_LH CH4 CLOUD CO HCHO NO2 NP_BD3 NP_BD6 NP_BD7 O3 O3_TCL O3__PR SO2 "
+        "AER_OT BRO SIF CHOCHO FRESCO OCLO TCWV").split()]
+    + ["AUX_CTMANA", "AUX_CTMFCT"])
+
+UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+DIRECTORY_SUFFIXES = (".SAFE", ".SEN3", ".SEN6")
+
+
+class Product(NamedTuple):
+    """One entry of the catalogue, the same from every service.
+
+    `start` and `end` are the measured period, UTC; `size` in bytes, 0 where unknown; `md5` is hex
+    or empty; `orbit` and `processing` are the catalogue's, for names that do not tell them;
+    `geometry` is GeoJSON, a text in WKT, or None.
+    """
+
+    product_id: str
+    filename: str
+    producttype: str
+    start: datetime.datetime
+    end: datetime.datetime
+    orbit: str = ""
+    processing: str = ""
+    size: int = 0
+    md5: str = ""
+    published: str = ""
+    geometry: object = None
+
+
+class Box(NamedTuple):
+    """An area in degrees; west > east crosses the antimeridian."""
+
+    west: float
+    south: float
+    east: float
+    north: float
+
+    @classmethod
+    def from_text(cls, text):
+        """Return the box of "west,south,east,north", None for an empty text; raise ValueError."""
+        if not text.strip():
+            return None
+        try:
+            box = cls(*(float(number) for number in text.split(",")))
+        except (TypeError, ValueError):
+            raise ValueError("four numbers expected: west,south,east,north in degrees") from None
+        if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
+            raise ValueError("west and east must be within -360 and 360 degrees")
+        if not -90 <= box.south <= box.north <= 90:
+            raise ValueError("south,north must be -90 <= south <= north <= 90 (the order is "
+                             "west,south,east,north)")
+        if abs(box.east - box.west) > 360:
+            raise ValueError("an area is at most 360 degrees wide")
+        return box
+
+
+def parse_name(filename):
+    """Return the table columns that a file name tells, as a dict; times are like 20180701T023416.
+
+    >>> parse_name("S5P_OFFL_L2__NO2____20250311T115807_20250311T133937_38393_03_020800_"
+    ...            "20250313T042301.nc")["orbit"]
+    '38393'
+    """
+    match = S5P_NAME.match(filename)
+    if match:
+        return {key: value for key, value in match.groupdict().items() if value}
+    match = BASELINE.match(filename)
+    return {"collection": match.group(match.lastgroup)} if match else {}
+
+
+def safe_name(name):
+    """Return the name if it is only a file name, else raise ValueError.
+
+    Names come from tables and catalogues: none of them may lead out of the target folder.
+    """
+    if (not name or name.strip(". ") == "" or re.search(r'[/\\:\x00-\x1f\x7f]', name)
+            or re.match(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name)):
+        raise ValueError("%r is not a plain file name" % name[:200])
+    return name
+
+
+def table_time(compact):
+    """Return 20200101T023416 as 2020-01-01 02:34:16."""
+    return "%s-%s-%s %s:%s:%s" % (compact[:4], compact[4:6], compact[6:8],
+                                  compact[9:11], compact[11:13], compact[13:15])
+
+
+def parse_time(text):
+    """Return a service's time as a naive datetime in UTC, cut to microseconds; raise ValueError.
+
+    Takes 0 to 9 digits of fraction, and "Z", "+00:00", another offset or nothing at the end.
+    """
+    match = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+                     r"(?:Z|([+-])(\d\d):?(\d\d))?$", text)
+    if not match:
+        raise ValueError("%r is not a time" % (text,))
+    *whole, fraction, sign, hours, minutes = match.groups()
+    time_ = datetime.datetime(*map(int, whole), int((fraction or "0").ljust(6, "0")[:6]))
+    if sign:
+        offset = datetime.timedelta(hours=int(hours), minutes=int(minutes))
+        time_ += offset if sign == "-" else -offset
+    return time_
+
+
+def format_time(time_):
+    """Return a datetime as the services take it, cut to milliseconds: 2018-07-01T00:00:00.000Z."""
+    return time_.strftime("%Y-%m-%dT%H:%M:%S.") + "%03dZ" % (time_.microsecond // 1000)
+
+
+def expand_time(template, time_):
+    """Return the template with %Y %m %d %H %M %S %j %y filled in; other text stays as it is."""
+    return re.sub(r"%[YmdHMSjy]", lambda match: time_.strftime(match.group()), template)
+
+
+def mend_href(href):
+    """Return a download url that today's service takes, whatever the age of the table.
+
+    Quoted ids are refused by the service since 2024, and zipper was renamed to download.
+    """
+    href = re.sub(r"Products\((['\"])([^'\")]*)\1\)", r"Products(\2)", href.strip())
+    return re.sub(r"^https?://(?:zipper|download)\.dataspace\.copernicus\.eu/",
+                  "https://download.dataspace.copernicus.eu/", href)
+
+
+def href_id(href):
+    """Return the product id in a url, or an empty text."""
+    match = re.search(r"Products\((%s)\)" % UUID.pattern, href)
+    return match.group(1) if match else ""
+
+
+def is_directory_product(filename):
+    return filename.endswith(DIRECTORY_SUFFIXES)
+
+
+################ Footprints ################
+#
+#   place   longitude and latitude in degrees
+#   ring    the places of a polygon's outline as written, last = first; a line is an open ring
+#   x, z    a place on the map: x is the longitude on an endless axis, z the sine of the latitude
+#   walk    a ring laid on the map, a list of (x, z), each step the short way round
+#   turn    360 degrees of x; a walk that ends a turn from its start has gone round a pole
+#   copy    the same thing whole turns further along the axis
+#   seam    the meridian 180 and the poles, where catalogues cut what the sphere does not
+#   share   area, as part of the sphere's
+#
+# A footprint is a closed curve on a sphere that somebody wrote down as flat numbers. Taken for a
+# flat polygon it is wrong for five of six half orbits of S5P: they cross the antimeridian and hold
+# one pole or both. Four ideas set it right, with no case for this pole or that:
+#
+# 1. Unwrap. On an endless axis a step of 359 degrees is one of -1, and no curve jumps. Only steps
+#    that catalogues drew on purpose, along a pole or round a whole parallel, stay as they are.
+# 2. Close over the pole, by looking south. From a place look down the meridian and count the
+#    edges you see: +1 if it runs east, which has you on its left, -1 if it runs west. That is the
+#    winding number of the walk, closed over the north pole if it goes round one, and nothing need
+#    be drawn. What is seen from is shaded: an edge shades all that lies north of it, and the sum
+#    of the signed shades is the area. With z = sin(latitude) the map keeps areas true (Lambert's
+#    cylinder; the sphere is 360 by 2), so that a shade is a plain trapezium.
+# 3. Area modulo one. The south pole, or a ring written backwards, changes count and area by whole
+#    spheres: a swath of 0.12 that holds both poles is drawn as 0.88, the rest of the globe. But
+#    nobody images more than half the Earth, so the smaller side is meant. Turn the walk to have it
+#    on its left, and a place is covered `base` + count times. Only maps may be larger.
+# 4. Bend long edges. Between two corners of an image runs a great circle, which is no straight
+#    line on a map. Edges along a parallel belong to maps and bands, and stay straight.
+#
+# A box overlaps if an edge meets it or a copy of it. If none does it is wholly in or wholly out,
+# as its centre is. The covered fraction is the shade that falls into it.
+#
+# Sources: Gauss's area formula and the winding number (any text on Green's theorem); Cyrus and
+# Beck 1978 (edge against box); Weiler and Atherton 1977 (walking along the frame to close a cut
+# polygon); RFC 7946, sections 3.1.6 and 3.1.9 (GeoJSON rings, antimeridian and poles).
+
+SAME = 1e-6      # degrees, 0.1 m: catalogues write six digits or more, so nearer numbers are one
+SLACK = 1e-9     # degrees, 0.1 mm: above the rounding of x + 360 (6e-14), below any digit written
+BULGE = 0.02     # degrees, 2 km: less than half the smallest pixel of S5P (5.5 km)
+ROUNDING = 1e-6  # share: above the error of areas from six digits, below the share of any image
+HALF = 0.5 + ROUNDING
+
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring and its holes
+    "Polygon": lambda coordinates: [coordinates],
+    "MultiPolygon": lambda coordinates: coordinates,
+    "LineString": lambda coordinates: [[coordinates]],
+    "MultiLineString": lambda coordinates: [coordinates],
+}
+
+Walk = List[Tuple[float, float]]
+
+
+class Ring(NamedTuple):
+    """Longitudes and latitudes as written, and their ranges."""
+    lons: Tuple[float, ...]
+    lats: Tuple[float, ...]
+    west: float
+    south: float
+    east: float
+    north: float
+
+
+class Footprint(NamedTuple):
+    """Walks with their inside to the left: a place is covered `base` + count times."""
+    parts: List[List[Walk]]
+    base: int
+    share: float
+    rest: bool  # covered is the rest of what the catalogue drew
+
+
+def box_overlap(geometry, box):
+    """Return (overlaps, fraction) of a footprint and a box; never raise for a geometry.
+
+    `geometry` is a GeoJSON dict; `box` is [west, south, east, north] in degrees, edges included,
+    west > east crosses the antimeridian. `fraction` is the covered share of the box's area on the
+    sphere; 1.0 or 0.0 for a box that is a point or a line; 0.0 for a footprint that is a line.
+    What is missing or cannot be understood is unknown and counts as overlapping: (True, None).
+    """
+    west, south, east, north = box
+    east += 360 if east < west else 0
+    try:
+        parts = read_parts(geometry)
+        if far_apart(parts, west, south, east, north):
+            return False, 0.0
+        box = west, sine(south), east, sine(north)
+        if is_line(geometry):
+            return touches(edges_of(map(walk_of, chain(*parts))), box), 0.0
+        return overlap(footprint_of(parts), box)
+    except UNREADABLE:
+        return True, None
+
+
+def overlap(footprint, box):
+    west, south, east, north = box
+    edges = edges_of(chain(*footprint.parts))
+    if touches(outline(edges) if footprint.rest else edges, box):
+        size = (east - west) * (north - south)
+        covered = footprint.base + shade(edges, box) / size if size else 1.0
+    else:
+        covered = footprint.base + count_south(edges, (west + east) / 2, (south + north) / 2)
+        if not covered:
+            return False, 0.0
+    return True, min(1.0, abs(covered))  # rings that cross themselves count below 0 and above 1
+
+
+def covered_share(geometry):
+    """Return the share of the sphere that a footprint covers, 0.0 to 1.0; None where unknown."""
+    try:
+        parts = read_parts(geometry)
+        return 0.0 if is_line(geometry) else min(1.0, footprint_of(parts).share)
+    except UNREADABLE:
+        return None
+
+
+# Reading: numbers as they are written.
+
+def read_parts(geometry):
+    """The Rings of a geometry, by part; raise one of UNREADABLE where it has no such thing."""
+    parts = [[read_ring(points) for points in part]
+             for part in PARTS[geometry["type"]](geometry["coordinates"])]
+    if not parts or not all(parts):
+        raise ValueError("no coordinates")
+    return parts
+
+
+def read_ring(points):
+    lons, lats = list(zip(*points))[:2]  # further values, such as heights, are left out
+    ring = Ring(lons, lats, min(lons), min(lats), max(lons), max(lats))
+    if not isfinite(sum(lons) + sum(lats)):  # one NaN or infinity spoils the sum
+        raise ValueError("not a number")
+    if ring.south < -90 or ring.north > 90 or ring[2:4] == ring[4:]:
+        raise ValueError("no latitude, or one place only")
+    return ring
+
+
+def is_line(geometry):
+    return geometry["type"].endswith("LineString")
+
+
+def far_apart(parts, west, south, east, north):
+    """True only where no ring can reach the box: the quick answer for most of a long list.
+
+    Rings that span less than half a turn together have no step to unwrap and no pole inside, and
+    cover less than half the sphere: their inside is what is drawn.
+    """
+    rings = list(chain(*parts))
+    return (sum(ring.east - ring.west for ring in rings) < 180 and
+            not any(meets(ring.west, ring.east, west, east)
+                    and max(ring.north, arch(ring, ring.north)) >= south
+                    and min(ring.south, arch(ring, ring.south)) <= north for ring in rings))
+
+
+def arch(ring, lat):
+    """The latitude that bent edges of a ring may reach, poleward of lat.
+
+    Along a great circle tan(latitude) is a cosine of the longitude (Napier), so the highest arch
+    stands with both ends on lat and spans the whole ring.
+    """
+    return degrees(atan(tan(radians(lat)) / cos(radians(ring.east - ring.west) / 2)))
+
+
+def meets(low, high, west, east):
+    """Does low..high on the endless axis meet west..east or a copy of it?"""
+    return east + 360 * floor((high - west + SLACK) / 360) >= low - SLACK
+
+
+# Walking: unwrap, then bend.
+
+def walk_of(ring):
+    return bent(unwrapped(ring), ring.lats)
+
+
+def unwrapped(ring):
+    """The longitudes of a ring on an endless axis."""
+    if ring.east - ring.west < 180:
+        return ring.lons
+    turns, xs = 0, [ring.lons[0]]
+    for lon0, lon1, lat0, lat1 in zip(ring.lons, ring.lons[1:], ring.lats, ring.lats[1:]):
+        step = lon1 - lon0
+        if abs(step) >= 180 and not on_purpose(step, lat0, lat1):
+            turns -= floor((step + 180) / 360)
+        xs.append(lon1 + 360 * turns)  # not a sum of steps, to keep the digits that are written
+    return xs
+
+
+def on_purpose(step, lat0, lat1):
+    """Is a step of half a turn or more drawn so: along a pole, or round a whole parallel?"""
+    return abs(lat1 - lat0) < SAME and (abs(lat0) > 90 - SAME or abs(abs(step) - 360) < SAME)
+
+
+def bent(xs, lats):
+    """The walk along places, with more of them on edges that bulge.
+
+    The middle of a great circle of length L that spans D of longitude is L D sin(lat) / 8 off the
+    straight line: a sagitta, L / 8 times the angle by which it turns from the parallels, which is
+    D sin(lat). As L is at most dlat + D cos(lat), and sin cos at most 1/2, that is no more than
+    D (dlat + D / 2) / 8, and n^2 times less where the edge is cut into n.
+    """
+    per_bulge = radians(1) / 8 / BULGE
+    x0, lat0, z0 = xs[0], lats[0], sine(lats[0])
+    walk = [(x0, z0)]
+    for x1, lat1 in zip(xs[1:], lats[1:]):
+        z1, dx, dlat = sine(lat1), abs(x1 - x0), abs(lat1 - lat0)
+        bulges = dx * (dlat + dx / 2) * per_bulge
+        if bulges > 1 and dlat > SAME:
+            walk += great_circle(x0, z0, x1, z1, ceil(sqrt(bulges)))
+        walk.append((x1, z1))
+        x0, lat0, z0 = x1, lat1, z1
+    return walk
+
+
+def great_circle(x0, z0, x1, z1, pieces):
+    """Yield the places that cut a great circle into pieces: its chord, seen from the centre."""
+    c0, c1, dx = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1), radians(x1 - x0)
+    for i in range(1, pieces):
+        t = i / pieces
+        ahead, aside = (1 - t) * c0 + t * c1 * cos(dx), t * c1 * sin(dx)
+        up = (1 - t) * z0 + t * z1
+        yield x0 + degrees(atan2(aside, ahead)), up / sqrt(ahead**2 + aside**2 + up**2)
+
+
+def sine(lat):
+    return sin(radians(lat))
+
+
+# Inside: every walk gets it on its left.
+
+def footprint_of(parts):
+    """The Footprint of the Rings of polygons."""
+    laid = [[inside_left(ring, hole=i > 0) for i, ring in enumerate(part)] for part in parts]
+    walks = [[walk for walk, _, _ in part] for part in laid]
+    base, share = (sum(numbers) for numbers in list(zip(*chain(*laid)))[1:])
+    if share < HALF or any(map(is_grid, chain(*walks))):
+        return Footprint(walks, base, share, rest=False)
+    return Footprint([[walk[::-1] for walk in part] for part in walks], 1 - base, 1 - share, rest=True)
+
+
+def inside_left(ring, hole):
+    """(walk, base, share) of one ring; a hole counts against its part.
+
+    A ring is as large as it is drawn, for the parts of a footprint may add up to the rest of the
+    globe. But one that has gone round a pole is not drawn: the smaller side is its inside.
+    """
+    walk = walk_of(closed(ring))
+    share = area(walk)
+    if share < 0:
+        walk, share = walk[::-1], -share
+    base = -int(share - ROUNDING)  # whole spheres too many, of orbits that pass a pole again
+    share += base
+    if hole:
+        return walk[::-1], -base, -share
+    if share > HALF and abs(walk[-1][0] - walk[0][0]) > 180:
+        return walk[::-1], 1 - base, 1 - share
+    return walk, base, share
+
+
+def closed(ring):
+    if (ring.lons[0], ring.lats[0]) == (ring.lons[-1], ring.lats[-1]):
+        return ring
+    return ring._replace(lons=ring.lons + ring.lons[:1], lats=ring.lats + ring.lats[:1])
+
+
+def is_grid(walk):
+    """Does a walk follow meridians and parallels only, as maps and bands do?"""
+    return all(x0 == x1 or z0 == z1 for (x0, z0), (x1, z1) in zip(walk, walk[1:]))
+
+
+def area(walk):
+    """Signed share of the sphere that the edges of a walk shade."""
+    return sum((x1 - x0) * (2 - z0 - z1) for (x0, z0), (x1, z1) in zip(walk, walk[1:])) / 1440
+
+
+# Edges (x0, z0, x1, z1) and a box (west, south, east, north in x and z): meet, see, shade.
+
+def edges_of(walks):
+    return [start + end for walk in walks for start, end in zip(walk, walk[1:])]
+
+
+def outline(edges):
+    """The edges that bound the rest of what was drawn: those along a seam do not."""
+    return [(x0, z0, x1, z1) for x0, z0, x1, z1 in edges
+            if abs(z0 + z1) < 2 and not along_180(x0, x1)]
+
+
+def along_180(x0, x1):
+    return x0 == x1 and x0 % 360 == 180
+
+
+def touches(edges, box):
+    """Has an edge a place in the box or a copy of it?"""
+    west, south, east, north = box
+    return any((z0 >= south or z1 >= south) and (z0 <= north or z1 <= north)
+               and meets(*x_between(x0, z0, x1, z1, south, north), west, east)
+               for x0, z0, x1, z1 in edges)
+
+
+def x_between(x0, z0, x1, z1, south, north):
+    """The range of x of an edge where z is between south and north."""
+    if z0 != z1:
+        slope = (x1 - x0) / (z1 - z0)
+        x0, x1 = (x0 + (clamp(z, south, north) - z0) * slope for z in (z0, z1))
+    return (x0, x1) if x0 < x1 else (x1, x0)
+
+
+def clamp(number, low, high):
+    return low if number < low else high if number > high else number
+
+
+def count_south(edges, x, z):
+    """Count the edges in sight south of a place: those that run east less those that run west."""
+    x -= SLACK  # beside the digits that are written, so that no edge ends on the line of sight
+    count = 0
+    for x0, z0, x1, z1 in edges:
+        turns = (x1 - x) // 360 - (x0 - x) // 360
+        if turns:
+            seen = x + (max(x0, x1) - x) // 360 * 360
+            if z0 + (seen - x0) * (z1 - z0) / (x1 - x0) < z:
+                count += int(turns)
+    return count
+
+
+def shade(edges, box):
+    """Signed area of the box that the edges shade, over all its copies."""
+    west, south, east, north = box
+    total = 0.0
+    for x0, z0, x1, z1 in edges:
+        if z0 < north or z1 < north:
+            low, high = min(x0, x1), max(x0, x1)
+            for turns in range(floor((low - east) / 360) + 1, floor((high - west) / 360) + 1):
+                start, end = max(low, west + 360 * turns), min(high, east + 360 * turns)
+                if start < end:
+                    slope = (z1 - z0) / (x1 - x0)
+                    top = mean_clamped(z0 + (start - x0) * slope, z0 + (end - x0) * slope, south, north)
+                    total += (end - start if x0 < x1 else start - end) * (north - top)
+    return total
+
+
+def mean_clamped(a, b, low, high):
+    """Mean over the numbers from a to b of each clamped to low..high."""
+    a, b = min(a, b), max(a, b)
+    inner_a, inner_b = clamp(a, low, high), clamp(b, low, high)
+    if inner_a == inner_b:
+        return inner_a
+    below, above, inner = inner_a - a, b - inner_b, inner_b - inner_a
+    return (below * low + above * high + inner * (inner_a + inner_b) / 2) / (b - a)
+
+
+# Cutting at the seam, for files that other programs read.
+
+FRAME = [(180, -1), (180, 1), (-180, 1), (-180, -1), (180, -1)]  # the map of the whole sphere
+CORNERS = list(zip((0, 2, 3, 5, 6, 8, 9, 11), FRAME[:4] * 2))  # by way_round, twice round
+NOTHING = 1e-12  # share: 500 m2, a sliver left by rounding
+
+
+def split_geometry(geometry):
+    """Return what a footprint covers as GeoJSON by RFC 7946, whatever was drawn; None if unknown.
+
+    Longitudes in -180..180, nothing crosses 180, poles inside are walked to; rings are closed,
+    exteriors counterclockwise, holes clockwise; long edges are bent; two values a place.
+    """
+    try:
+        parts = read_parts(geometry)
+        if is_line(geometry):
+            return as_geojson("LineString", map(places, cut(map(walk_of, chain(*parts)))))
+        footprint = footprint_of(parts)
+    except UNREADABLE:
+        return None
+    groups = [list(chain(*footprint.parts))] if footprint.rest else footprint.parts
+    return as_geojson("Polygon", [[places(ring) for ring in polygon] for walks in groups
+                                  for polygon in polygons_on_map(walks, footprint.rest)])
+
+
+def as_geojson(kind, members):
+    members = list(members)
+    if len(members) == 1:
+        return {"type": kind, "coordinates": members[0]}
+    return {"type": "Multi" + kind, "coordinates": members} if members else None
+
+
+def places(walk):
+    """Longitudes and latitudes to 0.1 m, without the repetitions that this makes."""
+    rounded = ([round(x, 6), round(degrees(asin(clamp(z, -1, 1))), 6)] for x, z in walk)
+    return [place for place, _ in groupby(rounded)]
+
+
+def polygons_on_map(walks, rest):
+    """Lists of an exterior and its holes, from walks that have the inside to their left."""
+    pieces = cut(walks)
+    whole = [piece for piece in pieces if piece[0] == piece[-1]]
+    joined = joined_round_frame([piece for piece in pieces if piece[0] != piece[-1]])
+    polygons = [[ring] for ring in whole + joined if area(ring) > NOTHING]
+    if rest and not joined:
+        polygons.append([FRAME])  # the inside lies round walks that meet no seam
+    for hole in whole:
+        if area(hole) < -NOTHING:
+            around = (polygon for polygon in polygons
+                      if count_south(edges_of(polygon[:1]), *hole[0]))
+            next(around, []).append(hole)
+    return polygons
+
+
+def cut(walks):
+    """Pieces of walks, cut at the meridian 180 and moved to -180..180."""
+    return list(chain.from_iterable(map(pieces_of, walks)))
+
+
+def pieces_of(walk):
+    """The pieces of one walk, without what runs along 180: the frame puts that back."""
+    pieces, last_turns = [], None
+    for x0, z0, x1, z1 in edges_of([with_crossings(walk)]):
+        turns = None if along_180(x0, x1) else floor(((x0 + x1) / 2 + 180) / 360)
+        if turns is not None:
+            if turns != last_turns:
+                pieces.append([(x0 - 360 * turns, z0)])
+            pieces[-1].append((x1 - 360 * turns, z1))
+        last_turns = turns
+    if len(pieces) > 1 and go_on(pieces[-1], pieces[0]):
+        pieces[0] = pieces.pop() + pieces[0][1:]
+    return pieces
+
+
+def with_crossings(walk):
+    """The walk with a place wherever it crosses 180 or a copy of it."""
+    crossed = walk[:1]
+    for (x0, z0), (x1, z1) in zip(walk, walk[1:]):
+        turns = range(floor((min(x0, x1) - 180) / 360) + 1, ceil((max(x0, x1) - 180) / 360))
+        for x in sorted((180 + 360 * turn for turn in turns), reverse=x0 > x1):
+            crossed.append((x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)))
+        crossed.append((x1, z1))
+    return crossed
+
+
+def go_on(before, after):
+    """Is the break between two pieces only where the ring happened to begin?"""
+    (x0, z0), (x1, z1) = before[-1], after[0]
+    return abs(x0 - x1) < SLACK and z0 == z1 and abs(x0) < 180
+
+
+def joined_round_frame(pieces):
+    """Rings of pieces, each led from its end round the frame to where the inside goes on.
+
+    With the inside to the left the frame is followed counterclockwise, to the next start of a
+    piece; on the way it passes over the poles that are inside.
+    """
+    rings = []
+    while pieces:
+        ring = pieces.pop()
+        while True:
+            end = way_round(ring[-1])
+            ahead = [(way_round(piece[0]) - end) % 6 for piece in pieces + [ring]]
+            corners = [corner for way, corner in CORNERS if end < way < end + min(ahead)]
+            following = ahead.index(min(ahead))
+            if following == len(pieces):
+                break
+            ring = ring + corners + pieces.pop(following)
+        rings.append(ring + corners + ring[:1])
+    return rings
+
+
+def way_round(place):
+    """How far round the frame, counterclockwise from its lower right corner, a place on 180 is."""
+    x, z = place
+    return round(z + 1 if x > 0 else 4 - z, 12)
+
+
+# Text: the Footprint of OData.
+
+WKT = re.compile(r"\s*(?:geography')?\s*(?:SRID=\d+;)?\s*(\w+)[\sZM]*?(\(.*\))\s*'?\s*", re.I | re.S)
+WKT_TYPES = {  # name: its type in GeoJSON, and how deep its numbers are
+    "POINT": ("Point", 1),
+    "LINESTRING": ("LineString", 1),
+    "POLYGON": ("Polygon", 2),
+    "MULTILINESTRING": ("MultiLineString", 2),
+    "MULTIPOLYGON": ("MultiPolygon", 3),
+}
+
+
+def geometry_from_wkt(text):
+    """Return the GeoJSON geometry of "geography'SRID=4326;POLYGON ((lon lat, ...))'", or None.
+
+    Bare "POLYGON ((...))" as well; POINT, LINESTRING, POLYGON and their MULTI forms, but for
+    MULTIPOINT.
+    """
+    match = WKT.fullmatch(text) if isinstance(text, str) else None
+    if not match or match.group(1).upper() not in WKT_TYPES:
+        return None
+    kind, depth = WKT_TYPES[match.group(1).upper()]
+    nested = re.sub(r"[^(),]*\d[^(),]*", lambda place: "[%s]" % ",".join(place.group().split()),
+                    match.group(2)).replace("(", "[").replace(")", "]")
+    if nested.replace(" ", "")[:depth + 2].count("[") != depth + 1:
+        return None
+    try:
+        coordinates = json.loads(nested)
+    except ValueError:
+        return None
+    return {"type": kind, "coordinates": coordinates[0] if kind == "Point" else coordinates}
+
+
+################ HTTP ################
+
+DOMAIN = "dataspace.copernicus.eu"
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_REDIRECTS = 6
+CHUNK = 1 << 18                 # bytes per read: large enough for full speed, small for memory
+CRAWL = 1000                    # bytes per second; slower for a whole timeout counts as a stall
+LONGEST_RETRY_AFTER = 7200      # seconds; a service that asks for more gets no further try
+
+# Where Linux, BSD and macOS keep certificate authorities, for a Python built without a path.
+CA_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/cert.pem", "/usr/local/share/certs/ca-root-nss.crt")
+
+
+class Request(NamedTuple):
+    """A request to a catalogue; `since` and `skip` say where in the list its page begins."""
+
+    url: str
+    body: object = None         # sent as JSON by POST; None: GET
+    since: object = None
+    skip: int = 0
+
+
+class Retry(NamedTuple):
+    """How often a request is tried, and the seconds waited: nsec_wait, then twice as long each."""
+
+    maxtry: int = 10
+    nsec_wait: float = 5
+    nsec_wait_max: float = 600
+
+    def wait(self, tries, retry_after=None, jitter=random.random):
+        """Return the seconds to wait after so many failed tries.
+
+        Never less than the service asked for.  The jitter keeps a hundred jobs that failed
+        together from coming back together.
+        """
+        seconds = self.nsec_wait * 2.0 ** min(tries - 1, 60) * (1 + 0.25 * (tries > 1) * jitter())
+        return max(min(seconds, self.nsec_wait_max), retry_after or 0)
+
+
+def is_loopback(host):
+    return host in ("localhost", "::1") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
+
+
+def may_see_token(url, trusted=()):
+    """Return whether the access token may be sent to this url: the third promise, in one place."""
+    parts = urllib.parse.urlsplit(url)
+    host = (parts.hostname or "").rstrip(".")
+    if is_loopback(host):
+        return True
+    return parts.scheme == "https" and (
+        host == DOMAIN or host.endswith("." + DOMAIN) or host in trusted)
+
+
+def shown(url):
+    """Return the url for a message: no password, no query."""
+    parts = urllib.parse.urlsplit(url)
+    return "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)
+
+
+def service_message(body):
+    """Return what an error body says, in one line, from any of the forms that the services use."""
+    text = body.decode("utf-8", "replace")
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = re.sub(r"(?s)<(script|style|head).*?</\1>|<[^>]*>", " ", text)
+    return " ".join(words_of(said).split())[:300]
+
+
+def words_of(said):
+    """Return the words in a decoded error body; nested forms are read inside out."""
+    if isinstance(said, list):
+        return "; ".join(words_of(item) for item in said)
+    if not isinstance(said, dict):
+        return "" if said is None else str(said)
+    keys = ("ErrorMessage", "error_description", "message", "description", "msg", "code", "loc",
+            "ErrorDetail", "detail", "error")
+    found = [words_of(said[key]) for key in keys
+             if said.get(key) and not (key == "error" and "error_description" in said)]
+    return ": ".join(word for word in found if word)
+
+
+def retry_after(headers, now=time.time):
+    """Return the seconds that a Retry-After header asks for, in either form, or None."""
+    text = (headers.get("Retry-After") or "").strip()
+    if text.isdigit():
+        return int(text)
+    try:
+        when = email.utils.parsedate_tz(text)
+        return max(0, email.utils.mktime_tz(when) - now()) if when else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def ca_context():
+    """Return a TLS context that verifies, with the system's authorities wherever they are."""
+    context = ssl.create_default_context()
+    paths = ssl.get_default_verify_paths()
+    if paths.cafile or (paths.capath and os.path.isdir(paths.capath) and os.listdir(paths.capath)):
+        return context
+    if context.cert_store_stats()["x509_ca"]:
+        return context
+    bundles = [path for path in CA_BUNDLES if os.path.exists(path)]
+    if not bundles:
+        try:
+            import certifi
+            bundles = [certifi.where()]
+        except ImportError:
+            return context
+    context.load_verify_locations(bundles[0])
+    return context
+
+
+class Connections(urllib.request.AbstractHTTPHandler):
+    """Opens connections for urllib and remembers their sockets, so that a stop can cut them."""
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def __init__(self):
+        super().__init__()
+        self.sockets = weakref.WeakSet()
+        self.context = None
+
+    def tracked(self, connection):
+        sockets = self.sockets
+
+        class Tracked(connection):
+            def connect(self):
+                super().connect()
+                sockets.add(self.sock)
+
+        return Tracked
+
+    def http_open(self, request):
+        return self.do_open(self.tracked(http.client.HTTPConnection), request)
+
+    def https_open(self, request):
+        self.context = self.context or ca_context()
+        return self.do_open(self.tracked(http.client.HTTPSConnection), request,
+                            context=self.context)
+
+    def cut(self):
+        for connected in list(self.sockets):
+            try:
+                connected.shutdown(socket.SHUT_RDWR)
+            except (OSError, ValueError):
+                pass            # closed by the other side, or by the thread that used it
+
+
+class Http:
+    """One request at a time: redirects followed by hand, every failure a HttpError.
+
+    `timeout` is in seconds without a byte; `trusted` are further hosts that may see the token.
+    Proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY, as urllib reads them.
+    """
+
+    def __init__(self, timeout=60, trusted=()):
+        self.timeout, self.trusted = timeout, tuple(trusted)
+        self.connections = Connections()
+        # No OpenerDirector of build_opener: that one follows redirects with the token in the
+        # headers, and opens file: and ftp: urls.
+        self.opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler(), urllib.request.UnknownHandler(),
+                        self.connections):
+            self.opener.add_handler(handler)
+
+    def send(self, url, headers, data, timeout=None):
+        """Return the response of a single exchange, whatever its status."""
+        request = urllib.request.Request(url, data, dict(
+            headers, **{"User-Agent": "cso_dataspace/" + __version__}))
+        try:
+            return self.opener.open(request, timeout=timeout or self.timeout)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise connection_error(url, error) from error
+
+    def open(self, url, headers={}, data=None, token=None, timeout=None):
+        """Return the open response of status 200 or 206; the caller closes it.
+
+        The token goes along only where may_see_token allows, at every redirect anew.
+        """
+        start = url
+        for _ in range(MAX_REDIRECTS + 1):
+            allowed = token and may_see_token(url, self.trusted)
+            bearer = {"Authorization": "Bearer " + token} if allowed else {}
+            response = self.send(url, dict(headers, **bearer), data, timeout)
+            if response.status in (200, 206):
+                return response
+            target = response.headers.get("Location")
+            if response.status not in REDIRECTS or not target or data is not None:
+                raise status_error(url, response)
+            response.close()
+            url = urllib.parse.urljoin(url, target)
+        raise HttpError("%s: more than %d redirects, the last to %s; the service is at fault, or "
+                        "the url is wrong" % (shown(start), MAX_REDIRECTS, shown(url)), url)
+
+
+def connection_error(url, error):
+    """Return the HttpError for an exchange that brought no answer."""
+    reason = getattr(error, "reason", error)
+    host = urllib.parse.urlsplit(url).hostname
+    temporary, advice = True, ""
+    if "CERTIFICATE_VERIFY_FAILED" in str(reason) or isinstance(reason, ssl.CertificateError):
+        temporary, advice = False, ("; the certificate of %s is not trusted here: where a proxy "
+                                    "re-signs it, point SSL_CERT_FILE to the authority's file"
+                                    % host)
+    elif isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
+        temporary, advice = False, "; is the name %r right, and this machine on the network?" % host
+    elif isinstance(error, ValueError) or "unknown url type" in str(reason):
+        temporary, advice = False, "; an http or https url was expected"
+    elif "Tunnel connection failed: 407" in str(reason):
+        temporary, advice = False, "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
+    if isinstance(reason, socket.timeout):
+        reason = "no answer in time"
+    return HttpError("%s: %s%s" % (shown(url), reason or type(error).__name__, advice),
+                     url, 0, temporary)
+
+
+def status_error(url, response):
+    """Return the HttpError for an answer with a failure status, and close it."""
+    with response:
+        try:
+            body = response.read(65536)
+        except (OSError, http.client.HTTPException):
+            body = b""
+    status = response.status
+    if status in REDIRECTS:
+        said = "redirected to " + shown(response.headers.get("Location") or "nowhere")
+    else:
+        said = service_message(body)
+    wait = retry_after(response.headers)
+    temporary = status in (408, 429) or status >= 500
+    if temporary and (wait or 0) > LONGEST_RETRY_AFTER:
+        temporary, said = False, "%s; try again in %d s, it says" % (said, wait)
+    text = "%s: %d %s" % (shown(url), status, http.client.responses.get(status, ""))
+    return HttpError(": ".join(filter(None, (text.strip(), said))), url, status, temporary, wait)
+
+
+def body_length(response):
+    """Return the bytes that the body must have, None where the service does not say."""
+    length = response.headers.get("Content-Length", "")
+    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+    return int(length) if length.isdigit() and not chunked else None
+
+
+def chunks(response, url, timeout, clock=time.monotonic):
+    """Yield the body as it comes.
+
+    Raises a temporary HttpError when the connection stalls, crawls, breaks or ends early: read()
+    with a size ends early without an error, so the bytes are counted here.
+    """
+    expected, count = body_length(response), 0
+    began, mark = clock(), 0
+    while True:
+        try:
+            data = response.read1(CHUNK)
+        except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+            raise HttpError("%s: connection lost after %d bytes: %s" % (
+                shown(url), count, error or type(error).__name__), url, 0, True) from error
+        if not data:
+            break
+        count += len(data)
+        yield data
+        if clock() - began > timeout:
+            if count - mark < CRAWL * timeout:
+                raise HttpError("%s: under %d bytes a second for %g s" % (
+                    shown(url), CRAWL, timeout), url, 0, True)
+            began, mark = clock(), count
+    if expected is not None and count != expected:
+        raise HttpError("%s: connection ended after %d of %d bytes" % (
+            shown(url), count, expected), url, 0, True)
+
+
+def retrying(what, action, retry, sleep):
+    """Return action(), tried again after temporary errors with growing waits.
+
+    The only retry loop of this file.  `sleep` waits so many seconds and may raise Stopped; the
+    last try raises its own error.
+    """
+    for tries in itertools.count(1):
+        try:
+            return action()
+        except DataSpaceError as error:
+            if not error.temporary or tries >= retry.maxtry:
+                raise
+            seconds = retry.wait(tries, getattr(error, "retry_after", None))
+            log.warning("%s: %s; try %d of %d in %.3g s", what, error, tries + 1, retry.maxtry,
+                        seconds)
+            sleep(seconds)
+
+
+################ Credentials and token ################
+
+TOKEN_URL = "https://identity.%s/auth/realms/CDSE/protocol/openid-connect/token" % DOMAIN
+NETRC_HOSTS = tuple(name + DOMAIN for name in ("zipper.", "download.", "identity.", ""))
+CLAIM_AGE = 60                  # seconds after which another process's login counts as dead
+
+
+class Credentials(NamedTuple):
+    """A user, a password, and where they were found."""
+
+    username: str
+    password: str
+    source: str
+
+    def __repr__(self):
+        return "Credentials(%r, source=%r)" % (self.username, self.source)
+
+
+def find_credentials(host, environ=os.environ):
+    """Return the Credentials for a host: environment first, then the netrc file.
+
+    Raises LoginError that names every place looked at, or the chmod for a netrc that others can
+    read.
+    """
+    username, password = environ.get("CDSE_USERNAME"), environ.get("CDSE_PASSWORD")
+    if username and password:
+        return Credentials(username, password, "CDSE_USERNAME and CDSE_PASSWORD")
+    path = netrc_path(environ)
+    hosts = list(dict.fromkeys(filter(None, (host,) + NETRC_HOSTS)))
+    if os.path.exists(path):
+        check_private(path)
+        entries = read_netrc(path).hosts
+        for name in hosts:
+            if name in entries:
+                username, _, password = entries[name]
+                return Credentials(username, password, "%s, machine %s" % (path, name))
+    raise LoginError(
+        "credentials: none found; looked at CDSE_USERNAME and CDSE_PASSWORD in the environment, "
+        "and %s for machine %s; put 'machine zipper.%s login USER password PASSWORD' there "
+        "and chmod 400 it" % (path + ("" if os.path.exists(path) else " (no such file)"),
+                              ", ".join(hosts), DOMAIN))
+
+
+def netrc_path(environ):
+    return environ.get("NETRC") or os.path.join(os.path.expanduser("~"), ".netrc")
+
+
+def read_netrc(path):
+    try:
+        return netrc.netrc(path)
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+        # the parser's own text may quote a token of the file: name the line only
+        line = getattr(error, "lineno", None)
+        raise LoginError("%s%s: can't be read as a netrc file; expected lines 'machine HOST login "
+                         "USER password PASSWORD'" % (path, ":%d" % line if line else "")) from None
+
+
+def check_private(path):
+    """Raise LoginError for a secret file that others can read (POSIX modes; else no check)."""
+    mode = os.stat(path).st_mode
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise LoginError("%s: others can read it (mode %03o); type: chmod 400 %s"
+                         % (path, stat.S_IMODE(mode), path))
+
+
+def totp(secret, now):
+    """Return the six digits of RFC 6238 (SHA-1, 30 s) for a base32 secret at a Unix time."""
+    text = re.sub(r"[\s-]", "", secret).upper()
+    try:
+        key = base64.b32decode(text + "=" * (-len(text) % 8))
+    except ValueError:
+        raise LoginError("CDSE_TOTP_SECRET: not base32; expected letters A-Z and digits 2-7, as "
+                         "the account page shows it") from None
+    digest = hmac.new(key, struct.pack(">Q", int(now // 30)), hashlib.sha1).digest()
+    offset = digest[-1] & 15
+    return "%06d" % ((struct.unpack(">I", digest[offset:offset + 4])[0] & 0x7fffffff) % 10 ** 6)
+
+
+class Grant(NamedTuple):
+    """A token answer: `expires` is on the clock of its holder, `seconds` its whole life."""
+
+    access: str
+    refresh: str
+    expires: float
+    seconds: float
+
+    def __repr__(self):
+        return "Grant(expires=%r)" % self.expires
+
+
+def parse_grant(body, began):
+    """Return the Grant in a token answer that was asked for at clock time `began`."""
+    try:
+        answer = json.loads(body.decode("utf-8"))
+        access, seconds = answer["access_token"], float(answer.get("expires_in", 600))
+    except (ValueError, KeyError, TypeError):
+        raise HttpError("token service: the answer holds no token", temporary=True) from None
+    if not isinstance(access, str) or not re.match(r"[\x21-\x7e]+$", access):
+        raise HttpError("token service: the answer holds no usable token", temporary=True)
+    return Grant(access, answer.get("refresh_token") or "", began + seconds, seconds)
+
+
+class TokenCache:
+    """A file through which the processes of one account share a token (mode 0600, no file lock).
+
+    Times in it are wall time, which processes on several machines share as well as they can: a
+    token that seems to live longer than it may is not used, and a refusal renews it anyway.
+    """
+
+    def __init__(self, path, account, now=time.time):
+        self.path, self.account, self.now = path, account, now
+        self.claim = path + ".login"
+
+    def read(self, clock):
+        """Return the shared Grant on the given clock, or None."""
+        try:
+            check_private(self.path)
+            with open(self.path, encoding="utf-8") as text:
+                kept = json.load(text)
+            left = kept["expires"] - self.now()
+            if kept["account"] != self.account or left > kept["seconds"] + 1:
+                return None
+            return Grant(kept["access"], kept["refresh"], clock() + left, kept["seconds"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s: no usable token in it (%s)", self.path, type(error).__name__)
+            return None
+
+    def write(self, grant, clock):
+        kept = dict(grant._asdict(), account=self.account,
+                    expires=grant.expires - clock() + self.now())
+        replace_file(self.path, json.dumps(kept).encode("utf-8"), mode=0o600)
+
+    def may_login(self):
+        """Return whether this process should ask for a token now, and no other one is at it."""
+        try:
+            if self.now() - os.stat(self.claim).st_mtime > CLAIM_AGE:
+                os.unlink(self.claim)
+        except FileNotFoundError:
+            pass
+        try:
+            os.close(os.open(self.claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            return True
+        except FileExistsError:
+            return False
+
+    def login_done(self):
+        try:
+            os.unlink(self.claim)
+        except OSError:
+            pass
+
+
+def replace_file(path, data, mode=None):
+    """Write bytes beside the path and put them there in one step, or raise FileError."""
+    beside = "%s.%s.part" % (path, owner_name())
+    try:
+        descriptor = os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode or 0o666)
+        with open(descriptor, "wb") as out:
+            out.write(data)
+        os.replace(beside, path)
+    except OSError as error:
+        try:
+            os.unlink(beside)
+        except OSError:
+            pass
+        raise file_error(path, error) from error
+
+
+def owner_name():
+    """Return host-pid of this process, for the names of files that only it writes."""
+    return "%s-%d" % (re.sub(r"[^\w.]", "_", socket.gethostname())[:40], os.getpid())
+
+
+def file_error(path, error):
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    advice = "; free some space and run again, it goes on where it stopped" if full else ""
+    return FileError("%s: %s%s" % (path, error.strerror or error, advice), full)
+
+
+class Token:
+    """Keeps one access token for all threads and renews it before it expires.
+
+    `post(url, fields)` sends a form and returns the body.  Refresh token first, password after; a
+    refused login is remembered and never tried again.
+    """
+
+    def __init__(self, post, url=TOKEN_URL, environ=os.environ, clock=time.monotonic,
+                 now=time.time, sleep=time.sleep):
+        self.post, self.url, self.environ = post, url, environ
+        self.clock, self.now, self.sleep = clock, now, sleep
+        self.lock = threading.Lock()
+        self.credentials = self.cache = self.grant = self.refused = None
+        self.proven = False     # whether the service took the present token at least once
+
+    def get(self, host=""):
+        """Return an access token, new where needed; raise LoginError or HttpError."""
+        with self.lock:
+            if self.refused:
+                raise self.refused
+            self.prepare(host)
+            if not self.fresh(self.grant):
+                self.renew()
+            return self.grant.access
+
+    def prepare(self, host):
+        if self.credentials is None:
+            if not may_see_token(self.url, [urllib.parse.urlsplit(self.url).hostname]):
+                raise LoginError("%s: the password must not go over http; an https token_url was "
+                                 "expected" % shown(self.url))
+            self.credentials = find_credentials(host, self.environ)
+            path = self.environ.get("CDSE_TOKEN_CACHE")
+            account = "%s %s" % (self.credentials.username, self.url)
+            self.cache = TokenCache(path, account, self.now) if path else None
+
+    def fresh(self, grant):
+        # Renewed a minute early, so that no request starts with a token about to end.
+        return grant is not None and grant.expires - self.clock() > min(60, grant.seconds / 4)
+
+    def accept(self, token):
+        """Take note that the service took this token."""
+        self.proven = self.proven or (self.grant is not None and token == self.grant.access)
+
+    def reject(self, token, error):
+        """Take note that the service refused this token; the next get() brings another.
+
+        A new token that is refused as well, before it was ever taken, is a refused login.
+        """
+        with self.lock:
+            if self.grant is None or token != self.grant.access:
+                return          # another thread has renewed it already
+            if not self.proven:
+                self.refused = LoginError("token of %s: refused though it is new: %s" % (
+                    self.credentials.username, error))
+                raise self.refused from error
+            self.grant = self.grant._replace(expires=-math.inf)
+
+    def renew(self):
+        if self.cache is None:
+            self.grant, self.proven = self.ask(), False
+            return
+        stale = self.grant.access if self.grant else None
+        grant = self.shared(stale)
+        while grant is None and not self.cache.may_login():
+            self.sleep(0.2)
+            grant = self.shared(stale)
+        if grant is None:
+            try:
+                # whoever held the claim before may have brought one just now
+                grant = self.shared(stale) or self.ask()
+                self.cache.write(grant, self.clock)
+            finally:
+                self.cache.login_done()
+        self.grant, self.proven = grant, False
+
+    def shared(self, stale):
+        """Return a token that another process left, unless it is the one just refused."""
+        grant = self.cache.read(self.clock)
+        if grant is not None and self.grant is None:
+            self.grant = grant._replace(expires=-math.inf)      # its refresh token may still serve
+        return grant if self.fresh(grant) and grant.access != stale else None
+
+    def ask(self):
+        """Return a Grant of the service: by the refresh token where there is one, else anew."""
+        if self.grant is not None and self.grant.refresh:
+            try:
+                return self.request(grant_type="refresh_token", refresh_token=self.grant.refresh)
+            except HttpError as error:
+                if error.temporary or error.status not in (400, 401):
+                    raise
+                log.info("token: the refresh was refused; logging in again")
+        return self.login()
+
+    def login(self):
+        user, password, source = self.credentials
+        fields = {"grant_type": "password", "username": user, "password": password}
+        if self.environ.get("CDSE_TOTP"):
+            fields["totp"] = self.environ["CDSE_TOTP"]
+        elif self.environ.get("CDSE_TOTP_SECRET"):
+            fields["totp"] = totp(self.environ["CDSE_TOTP_SECRET"], self.now())
+        try:
+            grant = self.request(**fields)
+        except HttpError as error:
+            if error.temporary or error.status == 0:
+                raise
+            hint = "" if "totp" in fields else (
+                "; an account with two factors also needs CDSE_TOTP or CDSE_TOTP_SECRET")
+            self.refused = LoginError("login of %s (from %s): refused: %s%s"
+                                      % (user, source, error, hint))
+            raise self.refused from error
+        log.info("token: logged in as %s, from %s", user, source)
+        return grant
+
+    def request(self, **fields):
+        began = self.clock()
+        return parse_grant(self.post(self.url, dict(fields, client_id="cdse-public")), began)
+
+    def logout(self):
+        """Give the session back, best effort; not where other processes may use it."""
+        grant, self.grant = self.grant, None
+        if grant is None or not grant.refresh or self.cache is not None:
+            return
+        try:
+            self.post(re.sub(r"/token$", "/logout", self.url),
+                      {"client_id": "cdse-public", "refresh_token": grant.refresh})
+        except DataSpaceError as error:
+            log.debug("logout: %s", error)
+
+
+class Session:
+    """What the requests of one run share: connections, waits, the access token, the stop flag.
+
+    Use it in a `with` block, which logs out at the end.  May be used by many threads, and pickled
+    (without its token).  `sleep`, `clock` and `environ` are for tests and embedding.
+    """
+
+    def __init__(self, timeout=60, retry=Retry(), trusted=(), token_url=None, connections=4,
+                 environ=os.environ, sleep=None, clock=time.monotonic):
+        self.timeout, self.retry, self.connections = timeout, retry, connections
+        self.trusted, self.environ, self.clock = tuple(trusted), environ, clock
+        self.token_url = token_url or environ.get("CDSE_TOKEN_URL") or TOKEN_URL
+        self.given_sleep = sleep
+        self.begin()
+
+    def begin(self):
+        self.stopped = threading.Event()
+        self.http = Http(self.timeout, self.trusted)
+        self.slots = Slots(self.connections)
+        self.token = Token(self.post, self.token_url, self.environ, self.clock, sleep=self.sleep)
+
+    def __getstate__(self):
+        # the environment may hold a password, and the copy has its own
+        left_out = ("stopped", "http", "slots", "token", "environ")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, environ=os.environ)
+        self.begin()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if not self.stopped.is_set():
+            self.token.logout()
+
+    def sleep(self, seconds):
+        """Wait so many seconds; raise Stopped at once when the run is stopped."""
+        (self.given_sleep or self.stopped.wait)(seconds)
+        self.check_stop()
+
+    def check_stop(self):
+        if self.stopped.is_set():
+            raise Stopped("stopped")
+
+    def stop(self):
+        """End every request and wait of this session now, from any thread."""
+        self.stopped.set()
+        self.http.connections.cut()
+
+    def retrying(self, what, action, retry=None):
+        def unless_stopped():
+            self.check_stop()
+            return action()
+        return retrying(what, unless_stopped, retry or self.retry, self.sleep)
+
+    def read(self, url, headers={}, data=None, retry=None):
+        """Return the whole body of an answer, as bytes; no token is sent."""
+        def read():
+            with self.http.open(url, headers, data) as response:
+                return b"".join(chunks(response, url, self.timeout, self.clock))
+        return self.retrying(urllib.parse.urlsplit(url).hostname or url, read, retry)
+
+    def read_json(self, request, retry=None):
+        """Return the decoded JSON object of a catalogue's answer; anything else is temporary."""
+        def read():
+            with self.http.open(request.url, headers, data) as response:
+                body = b"".join(chunks(response, request.url, self.timeout, self.clock))
+            return decode_json(body, request.url)
+        headers, data = {"Accept": "application/json"}, None
+        if request.body is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(request.body).encode("utf-8")
+        return self.retrying("catalogue", read, retry)
+
+    def post(self, url, fields):
+        """Return the body of the answer to a form."""
+        return self.read(url, data=urllib.parse.urlencode(fields).encode("ascii"))
+
+    def open(self, url, headers={}):
+        """Return the open response for a url that may need the token, renewed once on a 401."""
+        if not may_see_token(url, self.trusted):
+            return self.http.open(url, headers)
+        host = urllib.parse.urlsplit(url).hostname
+        token = self.token.get(host)
+        try:
+            response = self.http.open(url, headers, token=token)
+        except HttpError as error:
+            if error.status != 401:
+                raise
+            self.token.reject(token, error)
+            token = self.token.get(host)
+            response = self.http.open(url, headers, token=token)
+        self.token.accept(token)
+        return response
+
+
+def decode_json(body, url):
+    """Return the JSON object in a body, or raise a temporary HttpError that shows its begin."""
+    try:
+        page = json.loads(body.decode("utf-8-sig"))
+        if isinstance(page, dict):
+            return page
+    except ValueError:
+        pass
+    raise HttpError("%s: no JSON object, but %d bytes that begin with %r" % (
+        shown(url), len(body), body[:40].decode("utf-8", "replace")), url, 200, True)
+
+
+class Slots:
+    """How many transfers may be open at once; fewer after the service complained."""
+
+    def __init__(self, limit):
+        self.limit, self.busy, self.change = limit, 0, threading.Condition()
+
+    def __enter__(self):
+        with self.change:
+            while self.busy >= self.limit:
+                self.change.wait()
+            self.busy += 1
+
+    def __exit__(self, *error):
+        with self.change:
+            self.busy -= 1
+            self.change.notify()
+
+    def shrink(self):
+        with self.change:
+            if self.limit > 1:
+                self.limit -= 1
+                log.warning("too many connections, the service says; going on with %d", self.limit)
+
+
+################ Catalogues ################
+
+# An adapter does no input or output: first(query) gives the first Request, parse(page, query,
+# request) the products of a decoded page and the next Request or None.  OData and OpenSearch
+# refuse to skip more than 10,000 and stop linking there, so their lists are walked by start time:
+# the next page begins at the last start seen, and the ids seen before are dropped by search().
+
+CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
+PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
+SKIP_MAX = 10000                # both walked services refuse more
+SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplified and bent
+SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
+MISSIONS = {"sentinel1": "SENTINEL-1", "sentinel2": "SENTINEL-2", "sentinel3": "SENTINEL-3",
+            "sentinel5p": "SENTINEL-5P", "sentinel6": "SENTINEL-6"}
+
+
+class Query(NamedTuple):
+    """What is asked: `collection` in any spelling, `start` to `end` naive UTC, `box` or None.
+
+    `api` is opensearch, odata, stac or auto; `server_box` says whether the service filters by
+    area as well; `footprints` whether they are needed at all.
+    """
+
+    url: str
+    collection: str
+    producttype: str
+    start: datetime.datetime
+    end: datetime.datetime
+    box: object = None
+    api: str = "auto"
+    server_box: bool = False
+    footprints: bool = True
+
+
+def mission(collection):
+    """Return the catalogue's spelling, SENTINEL-5P, of Sentinel5P or SENTINEL-5P alike."""
+    key = re.sub(r"[-_ ]", "", collection).lower()
+    return MISSIONS.get(key, collection)
+
+
+def has_footprint(producttype):
+    """Return whether the catalogues draw footprints for a Sentinel-5P type (s5p: not for these)."""
+    return not producttype.startswith(("L1B_IR_", "AUX_", "L2__O3_TCL"))
+
+
+def longest_product(query):
+    """Return the time that no product of this type exceeds, to find those that began before."""
+    if mission(query.collection) == "SENTINEL-5P":
+        multi_day = query.producttype.startswith(("L2__O3_TCL", "AUX_"))
+        return datetime.timedelta(days=8 if multi_day else 1)
+    composite = query.producttype.startswith("SY_") or not query.producttype
+    known = mission(query.collection) in MISSIONS.values()
+    return datetime.timedelta(days=1 if known and not composite else 32)
+
+
+def wider_boxes(query):
+    """Return the boxes to send to the service, none where its test would be wrong or useless."""
+    box = query.box
+    if not (query.server_box and box) or max(abs(box.south), abs(box.north)) > SERVER_LATITUDE:
+        return []
+    width = (box.east - box.west) % 360 or (360 if box.east != box.west else 0)
+    west = (box.west - SERVER_MARGIN + 180) % 360 - 180
+    east = west + width + 2 * SERVER_MARGIN
+    south, north = box.south - SERVER_MARGIN, box.north + SERVER_MARGIN
+    if east - west >= 360:
+        return [Box(-180.0, south, 180.0, north)]
+    if east <= 180:
+        return [Box(west, south, east, north)]
+    return [Box(west, south, 180.0, north), Box(-180.0, south, east - 360, north)]
+
+
+def ring_of(box):
+    west, south, east, north = box
+    return [[west, south], [east, south], [east, north], [west, north], [west, south]]
+
+
+def wkt_of(boxes):
+    """Return a POLYGON, or a MULTIPOLYGON of two boxes."""
+    rings = ["((%s))" % ",".join("%g %g" % (lon, lat) for lon, lat in ring_of(box))
+             for box in boxes]
+    return "POLYGON" + rings[0] if len(rings) == 1 else "MULTIPOLYGON(%s)" % ",".join(rings)
+
+
+def url_with(base, **parameters):
+    return base + "?" + urllib.parse.urlencode(parameters, quote_via=urllib.parse.quote,
+                                               safe="$,:/()'=")
+
+
+def next_in_walk(products, announced, query, request, page_size):
+    """Return where the walk by start time goes on: (since, skip), or None at its end.
+
+    Where a page holds one start time only, it is passed by skip.  A page that announces nothing
+    more is believed only when asking again from its last start time brings nothing later.
+    """
+    if not products:
+        if announced:
+            raise CatalogueError("%s: an empty page that announces more; the list can't be "
+                                 "completed, try again later" % shown(request.url))
+        return None
+    last = max(product.start for product in products)
+    last -= datetime.timedelta(microseconds=last.microsecond % 1000)
+    if last > request.since:
+        return last, 0
+    if not announced and len(products) < page_size:
+        return None
+    skip = request.skip + len(products)
+    if skip > SKIP_MAX:
+        raise CatalogueError("%s: more than %d products start at %s; the service lists no more"
+                             % (shown(request.url), SKIP_MAX, last))
+    return last, skip
+
+
+class OData:
+    """https://catalogue.dataspace.copernicus.eu/odata/v1"""
+
+    @staticmethod
+    def first(query):
+        return OData.request(query, query.start - longest_product(query), 0)
+
+    @staticmethod
+    def request(query, since, skip):
+        select = ["Id", "Name", "ContentLength", "ContentDate", "PublicationDate", "Checksum"]
+        select += ["GeoFootprint"] if query.footprints else []
+        fields = {"$filter": OData.condition(query, since), "$orderby": "ContentDate/Start asc",
+                  "$top": PAGE["odata"]}
+        if skip:
+            fields["$skip"] = skip
+        if mission(query.collection) == "SENTINEL-5P":
+            fields["$select"] = ",".join(select)
+        else:
+            fields["$expand"] = "Attributes"        # orbit and timeliness are only there
+        return Request(url_with(query.url + "/Products", **fields), None, since, skip)
+
+    @staticmethod
+    def condition(query, since):
+        terms = ["Collection/Name eq '%s'" % mission(query.collection)]
+        if query.producttype:
+            terms.append("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' "
+                         "and att/OData.CSC.StringAttribute/Value eq '%s')"
+                         % query.producttype.replace("'", "''"))
+        terms.append("ContentDate/Start ge " + format_time(since))
+        terms.append("ContentDate/Start le " + format_time(query.end))
+        if mission(query.collection) != "SENTINEL-5P":
+            terms.append("ContentDate/End ge " + format_time(query.start))
+        areas = ["OData.CSC.Intersects(area=geography'SRID=4326;%s')" % wkt_of([box])
+                 for box in wider_boxes(query)]
+        if areas:
+            terms.append("(%s)" % " or ".join(areas))
+        return " and ".join(terms)
+
+    @staticmethod
+    def parse(page, query, request):
+        values = page.get("value")
+        if not isinstance(values, list):
+            raise CatalogueError("%s: an answer without a list of products" % shown(request.url))
+        products = [OData.product(value) for value in values]
+        place = next_in_walk(products, "@odata.nextLink" in page, query, request, PAGE["odata"])
+        return products, OData.request(query, *place) if place else None
+
+    @staticmethod
+    def product(value):
+        """Return the Product of one OData entity, of a list or alone, old form or new."""
+        told = {item.get("Name"): item.get("Value") for item in value.get("Attributes") or []}
+        period = value["ContentDate"]
+        return Product(
+            value["Id"], value["Name"], str(told.get("productType") or ""),
+            parse_time(period["Start"]), parse_time(period["End"]),
+            orbit_text(told.get("orbitNumber")), str(told.get("timeliness") or ""),
+            known_size(value.get("ContentLength")), md5_of(value.get("Checksum")),
+            value.get("PublicationDate") or "", value.get("GeoFootprint") or value.get("Footprint"))
+
+
+class OpenSearch:
+    """https://catalogue.dataspace.copernicus.eu/resto/api, switched off on 2 March 2026"""
+
+    @staticmethod
+    def first(query):
+        return OpenSearch.request(query, query.start - longest_product(query), 0)
+
+    @staticmethod
+    def request(query, since, skip):
+        collection = mission(query.collection).replace("SENTINEL-", "Sentinel")
+        # the service lists what lies within its period, so it is asked for a longer one
+        fields = {"startDate": format_time(since), "maxRecords": PAGE["opensearch"],
+                  "completionDate": format_time(query.end + longest_product(query)),
+                  "sortParam": "startDate", "sortOrder": "ascending"}
+        if query.producttype:
+            fields["productType"] = query.producttype
+        if skip:
+            fields["index"] = skip + 1
+        boxes = wider_boxes(query)
+        if len(boxes) == 1:
+            fields["box"] = "%g,%g,%g,%g" % boxes[0]
+        elif boxes:
+            fields["geometry"] = wkt_of(boxes)
+        url = "%s/collections/%s/search.json" % (query.url, urllib.parse.quote(collection))
+        return Request(url_with(url, **fields), None, since, skip)
+
+    @staticmethod
+    def parse(page, query, request):
+        features = page.get("features")
+        if page.get("type") != "FeatureCollection" or not isinstance(features, list):
+            raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
+        products = [OpenSearch.product(feature) for feature in features]
+        links = (page.get("properties") or {}).get("links") or []
+        announced = any(link.get("rel") == "next" for link in links)
+        place = next_in_walk(products, announced, query, request, PAGE["opensearch"])
+        return products, OpenSearch.request(query, *place) if place else None
+
+    @staticmethod
+    def product(feature):
+        """Return the Product of one resto feature, old form or new; resto tells no MD5."""
+        told = feature["properties"]
+        download = (told.get("services") or {}).get("download") or {}
+        return Product(
+            feature["id"], told["title"], str(told.get("productType") or ""),
+            parse_time(told["startDate"]), parse_time(told["completionDate"]),
+            orbit_text(told.get("orbitNumber")), told.get("timeliness") or "",
+            known_size(download.get("size")), "", told.get("published") or "",
+            feature.get("geometry") or None)
+
+
+class Stac:
+    """https://stac.dataspace.copernicus.eu/v1
+
+    A Sentinel-5P collection is one product type of one stream, so its name is made here.  For the
+    other missions, and where nothing is found, the list of collections is asked: a wrong name
+    would bring an empty answer, not an error.
+    """
+
+    STREAMS = ("nrti", "offl", "rpro")
+    UNUSED = ",".join("-properties." + name for name in (     # most of an item's 20 to 70 kB
+        "cube:variables", "cube:dimensions", "auth:schemes", "storage:schemes"))
+
+    @staticmethod
+    def first(query):
+        names = Stac.names(query)
+        return Stac.search(query, names) if names else Stac.collections(query)
+
+    @staticmethod
+    def names(query):
+        """Return the collections that hold a Sentinel-5P type, or one given as such."""
+        if query.collection.startswith("sentinel-"):
+            return [query.collection]
+        if mission(query.collection) != "SENTINEL-5P":
+            return []
+        level, _, kind = query.producttype.partition("_")
+        name = "sentinel-5p-%s-%s" % (level.lower(), re.sub("_+", "-", kind.strip("_")).lower())
+        return ["%s-%s" % (name, stream) for stream in Stac.STREAMS]
+
+    @staticmethod
+    def collections(query):
+        return Request(query.url + "/collections?limit=1000")
+
+    @staticmethod
+    def search(query, names):
+        period = "%s/%s" % (format_time(query.start), format_time(query.end))
+        fields = {"collections": ",".join(names), "datetime": period, "limit": PAGE["stac"],
+                  "sortby": "+properties.datetime", "fields": Stac.UNUSED}
+        if query.producttype and not Stac.names(query):
+            fields.update({"filter": "\"product:type\"='%s'" % query.producttype.replace("'", "''"),
+                           "filter-lang": "cql2-text"})
+        boxes = wider_boxes(query)
+        if len(boxes) == 1:
+            fields["bbox"] = "%g,%g,%g,%g" % boxes[0]
+        elif boxes:
+            # a bbox over the antimeridian is read the long way round
+            del fields["fields"]
+            fields.update(collections=names, sortby=[{"field": "datetime", "direction": "asc"}],
+                          intersects={"type": "MultiPolygon",
+                                      "coordinates": [[ring_of(box)] for box in boxes]})
+            return Request(query.url + "/search", fields)
+        return Request(url_with(query.url + "/search", **fields))
+
+    @staticmethod
+    def parse(page, query, request):
+        if "collections" in page:
+            return [], Stac.search_known(page["collections"], query, request)
+        if page.get("type") != "FeatureCollection" or not isinstance(page.get("features"), list):
+            raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
+        products = [Stac.product(item) for item in page["features"]]
+        following = Stac.following(page, request)
+        if not products and not following and request.skip == 0:
+            following = Stac.collections(query)._replace(skip=1)
+        elif following:
+            following = following._replace(skip=request.skip + 1)
+        return products, following
+
+    @staticmethod
+    def search_known(collections, query, request):
+        """Return the search of the mission's collections that hold the type; raise if none does.
+
+        After an empty search (skip is 1) there is nothing to search again.
+        """
+        wanted = Stac.names(query)
+        prefix = mission(query.collection).lower() + "-"
+        found = [one["id"] for one in collections if one["id"] in wanted or (
+            not wanted and one["id"].startswith(prefix) and query.producttype in (
+                (one.get("summaries") or {}).get("product:type") or [query.producttype]))]
+        if not found:
+            raise CatalogueError(
+                "%s: no collection for %s %s; this service holds only the types that its "
+                "collections name, %s/odata/v1 holds all" % (
+                    shown(request.url), query.collection, query.producttype, CATALOGUE_URL))
+        return None if request.skip else Stac.search(query, found)._replace(skip=1)
+
+    @staticmethod
+    def following(page, request):
+        for link in page.get("links") or []:
+            if link.get("rel") == "next":
+                url = urllib.parse.urljoin(request.url, link["href"])
+                body = link.get("body")
+                if body is not None and link.get("merge"):
+                    body = dict(request.body or {}, **body)
+                return Request(url, body if link.get("method", "GET").upper() == "POST" else None)
+        return None
+
+    @staticmethod
+    def product(item):
+        """Return the Product of one item.
+
+        The name is that of the asset: ids lack the extension, and those of O3_TCL are rewritten.
+        """
+        told, assets = item["properties"], item.get("assets") or {}
+        asset = next((assets[key] for key in assets if key.lower() in ("netcdf", "product")), {})
+        path = asset.get("file:local_path") or asset.get("href") or item["id"]
+        href = (((asset.get("alternate") or {}).get("https") or {}).get("href") or
+                asset.get("href") or "")
+        filename = re.sub(r"\.zip$", "", path.rstrip("/").rpartition("/")[2])
+        checksum = asset.get("file:checksum") or ""
+        if not href_id(href):
+            raise ValueError("no product id in %s" % item["id"])
+        return Product(
+            href_id(href), filename, told.get("product:type") or "",
+            parse_time(told.get("start_datetime") or told["datetime"]),
+            parse_time(told.get("end_datetime") or told["datetime"]),
+            orbit_text(told.get("sat:absolute_orbit")),
+            told.get("product:timeliness_category") or "", known_size(asset.get("file:size")),
+            # multihash of MD5: varint code 0xd5 0x01, length 16
+            md5_text(checksum[6:] if checksum.startswith("d50110") else ""),
+            told.get("published") or "", item.get("geometry"))
+
+
+ADAPTERS = {"odata": OData, "opensearch": OpenSearch, "stac": Stac}
+
+
+def orbit_text(number):
+    """Return an orbit number as text; the catalogues write 0 for unknown."""
+    return str(number) if number else ""
+
+
+def known_size(number):
+    return number if isinstance(number, int) and number > 0 else 0
+
+
+def md5_text(text):
+    """Return an MD5 in lower case, or an empty text for anything else, zeros too."""
+    text = text.lower() if isinstance(text, str) else ""
+    return text if re.match(r"[0-9a-f]{32}$", text) and text.strip("0") else ""
+
+
+def md5_of(checksums):
+    """Return the MD5 in OData's list of checksums, or an empty text."""
+    for entry in checksums or []:
+        if isinstance(entry, dict) and str(entry.get("Algorithm", "")).upper() == "MD5":
+            return md5_text(entry.get("Value"))
+    return ""
+
+
+def api_of(url):
+    """Return which service a base url is, told from its path or host; raise ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    for api, sign in (("opensearch", "/resto"), ("odata", "/odata"), ("stac", "stac"),
+                      ("stac", "/v1")):
+        if sign in (parts.hostname or "") + parts.path:
+            return api
+    raise ValueError("can't tell the service from %r; set api to opensearch, odata or stac" % url)
+
+
+def search(query, session):
+    """Yield every Product that the catalogue lists for a query, each once, or raise.
+
+    Products are those of the service's own, wider selection; wanted() has the last word.
+    Raises CatalogueError or HttpError: then what was yielded is not the whole list.
+    """
+    api = query.api if query.api != "auto" else api_of(query.url)
+    substitute = fallback(query) if query.api == "auto" and api == "opensearch" else None
+    query = query._replace(api=api, url=query.url.rstrip("/"))
+    try:
+        request, page = first_page(query, session, substitute)
+    except (HttpError, CatalogueError) as error:
+        if not substitute:
+            raise explained(error, query) from error
+        log.warning("%s; the OpenSearch service was retired in March 2026, so OData is asked "
+                    "instead (set url to %s to be spared this message)", error, substitute)
+        query = query._replace(api="odata", url=substitute)
+        request, page = first_page(query, session)
+    seen, barren = set(), 0
+    while True:
+        products, following = page
+        fresh = [product for product in products if product.product_id not in seen]
+        seen.update(product.product_id for product in fresh)
+        yield from fresh
+        if following is None:
+            return
+        # In a walk one page in a row may bring nothing new: the start time it begins with.
+        barren = 0 if fresh else barren + 1
+        if barren > 1:
+            raise CatalogueError("%s: page after page brings nothing new while more is announced; "
+                                 "the list can't be completed, try again later"
+                                 % shown(request.url))
+        request, page = following, turn_page(query, following, session)
+
+
+def first_page(query, session, substitute=None):
+    """Return the first request and its page; with a substitute at hand, after two tries at most."""
+    request = ADAPTERS[query.api].first(query)
+    retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
+    return request, turn_page(query, request, session, retry)
+
+
+def turn_page(query, request, session, retry=None):
+    """Return the products of a page and the next request."""
+    log.debug("request: %s", request.url)
+    page = session.read_json(request, retry)
+    try:
+        return ADAPTERS[query.api].parse(page, query, request)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CatalogueError("%s: a product that can't be read (%s: %s)" % (
+            shown(request.url), type(error).__name__, error)) from error
+
+
+def fallback(query):
+    """Return the OData base beside a retired OpenSearch base of the Data Space, else None."""
+    parts = urllib.parse.urlsplit(query.url)
+    if (parts.hostname or "").endswith("." + DOMAIN):
+        return "%s://%s/odata/v1" % (parts.scheme, parts.netloc)
+    return None
+
+
+def explained(error, query):
+    """Return the error with what a user can change, where the text does not say."""
+    if query.api == "opensearch":
+        return CatalogueError("%s; an OpenSearch service (resto) was expected at the setting url, "
+                              "that of the Data Space was retired in March 2026: set url to "
+                              "%s/odata/v1, or api to auto" % (error, CATALOGUE_URL))
+    return error
+
+
+################ Table ################
+
+COLUMNS = ("orbit", "start_time", "end_time", "processing", "collection", "processor_version",
+           "filename", "href")
+FURTHER_COLUMNS = ("size", "md5", "overlap", "product_id", "producttype", "published")
+
+
+class Row(NamedTuple):
+    """A line of the table: the eight columns, then those that `output.columns` may add."""
+
+    orbit: str
+    start_time: str
+    end_time: str
+    processing: str
+    collection: str
+    processor_version: str
+    filename: str
+    href: str
+    size: str = ""              # bytes
+    md5: str = ""
+    overlap: str = ""           # covered share of the area, per cent
+    product_id: str = ""
+    producttype: str = ""
+    published: str = ""
+
+
+def row_of(product, download_url, fraction=None):
+    """Return the Row of a product: what the file name tells, else what the catalogue says."""
+    told = parse_name(product.filename)
+    start = table_time(told["start"]) if "start" in told else str(product.start)[:19]
+    end = table_time(told["end"]) if "end" in told else str(product.end)[:19]
+    return Row(
+        told.get("orbit", product.orbit), start, end,
+        sys.intern(told.get("processing", product.processing)),
+        sys.intern(told.get("collection", "")), sys.intern(told.get("processor_version", "")),
+        product.filename, download_url.replace("{product_id}", product.product_id),
+        str(product.size or ""), product.md5, "" if fraction is None else "%.2f" % (100 * fraction),
+        product.product_id, sys.intern(told.get("producttype", product.producttype)),
+        product.published)
+
+
+def newest_first(rows):
+    """Return the rows in the order of the table: newest start first, equal ones by file name."""
+    return sorted(sorted(rows, key=lambda row: (row.filename, row.product_id)),
+                  key=lambda row: row.start_time, reverse=True)
+
+
+def write_table(rows, path, columns=COLUMNS, dmode=None):
+    """Write the rows as csv, beside and renamed: the old table or the new one, never a part."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=";", lineterminator="\n")
+    writer.writerow(columns)
+    picked = operator.attrgetter(*columns) if len(columns) > 1 else (
+        lambda row: (getattr(row, columns[0]),))
+    writer.writerows(map(picked, rows))
+    make_directories(os.path.dirname(path), dmode)
+    replace_file(path, text.getvalue().encode("utf-8"))
+
+
+def read_table(path):
+    """Return the rows of a csv table, old or new, columns in any order; further ones are ignored.
+
+    Raises TableError with the line of the first row that is broken.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as text:
+            lines = csv.reader(text, delimiter=";", strict=True)
+            return list(rows_in(lines, path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError("%s: can't be read: %s" % (path, error)) from error
+
+
+def rows_in(lines, path):
+    """Yield the rows of a csv reader, each checked."""
+    try:
+        header = [name.strip() for name in next(lines, [])]
+        missing = [name for name in ("filename", "href") if name not in header]
+        if missing:
+            raise ValueError("no column %s in the header; expected columns such as %s"
+                             % (" and ".join(missing), ";".join(COLUMNS)))
+        for fields in lines:
+            if fields:
+                yield checked_row(header, fields)
+    except (ValueError, csv.Error) as error:
+        raise TableError("%s:%d: %s" % (path, max(1, lines.line_num), error)) from None
+
+
+def checked_row(header, fields):
+    if len(fields) != len(header):
+        raise ValueError("%d fields; the header has %d" % (len(fields), len(header)))
+    told = dict.fromkeys(COLUMNS, "")
+    told.update((name, field.strip()) for name, field in zip(header, fields)
+                if name in Row._fields)
+    row = Row(**told)
+    safe_name(row.filename)
+    if not re.match(r"(https?|s3)://[\x21-\x7e]+$", row.href):
+        raise ValueError("%r is no href; expected https://... or s3://..." % row.href[:200])
+    if not re.match(r"\d*$", row.size):
+        raise ValueError("%r is no size in bytes" % row.size[:40])
+    return row._replace(md5=md5_text(row.md5))
+
+
+def make_directories(path, dmode=None):
+    """Make a directory and those above it, each new one with mode dmode whatever the umask."""
+    if not path or os.path.isdir(path):
+        return
+    make_directories(os.path.dirname(path), dmode)
+    try:
+        os.mkdir(path)
+        if dmode is not None:
+            os.chmod(path, dmode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise FileError("%s: a file is where a directory was expected" % path) from None
+    except OSError as error:
+        raise file_error(path, error) from error
+
+
+def directory_mode(dmode):
+    """Return the mode meant by 0o775, 777, "777" or "0o775"; None for None or empty.
+
+    A mode that shuts out the owner is never meant, so such a number is digits read as octal.
+    """
+    if dmode is None or dmode == "":
+        return None
+    try:
+        mode = dmode if isinstance(dmode, int) and dmode & 0o700 == 0o700 else int(str(dmode), 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o7777:
+        raise SettingsError("dmode: %r is no mode of a directory; expected octal digits such as "
+                            "0o775" % (dmode,))
+    return mode
+
+
+def write_geojson(products, path, dmode=None):
+    """Write (row, geometry) pairs as a FeatureCollection of RFC 7946, cut at the antimeridian."""
+    features = [{"type": "Feature", "id": row.product_id, "geometry": split_geometry(geometry),
+                 "properties": {name: getattr(row, name) for name in Row._fields}}
+                for row, geometry in products]
+    make_directories(os.path.dirname(path), dmode)
+    replace_file(path, json.dumps({"type": "FeatureCollection", "features": features})
+                 .encode("utf-8"))
+
+
+################ Downloads ################
+
+POLL = 0.5                      # seconds between looks at a file that another process fetches
+ABANDONED = 120                 # seconds without a write after which a part counts as left behind
+SAME_BODY = 3                   # so many equal wrong bodies are not chance: no further try
+
+# First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
+SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
+
+
+class Task(NamedTuple):
+    """A file to fetch: where from, where to, and what is known of it (0 and empty: unknown)."""
+
+    href: str
+    path: str
+    size: int = 0
+    md5: str = ""
+
+
+class Outcome(NamedTuple):
+    """How a file ended.
+
+    `state` is "verified" (its MD5), "size only", "unverified", "present" (was there already) or
+    "failed"; `bytes` that came over the line, `seconds` it took, `message` why it failed.
+    """
+
+    filename: str
+    state: str
+    bytes: int = 0
+    seconds: float = 0.0
+    message: str = ""
+
+
+class Busy(DataSpaceError):
+    """Another process is fetching this file."""
+
+
+def new_md5():
+    """Return an MD5 object, None where the system forbids MD5 (FIPS)."""
+    try:
+        return hashlib.md5(usedforsecurity=False)
+    except TypeError:           # before Python 3.9
+        pass
+    except ValueError:
+        return None
+    try:
+        return hashlib.md5()
+    except ValueError:
+        return None
+
+
+class Part:
+    """The file beside the target into which bytes go, counted and hashed, until they are checked.
+
+    Its name holds host, process and a number, so that no one else writes to it.
+    """
+
+    numbers = itertools.count()
+    alive = set()               # the parts that this process is at, by path
+
+    def __init__(self, target):
+        self.target = target
+        self.path = "%s.%s-%d.part" % (target, owner_name(), next(Part.numbers))
+        self.file, self.etag, self.seen = None, None, {}
+        Part.alive.add(self.path)
+        try:
+            self.reset()
+        except BaseException:
+            Part.alive.discard(self.path)
+            raise
+
+    def reset(self):
+        """Begin again with an empty file."""
+        self.close()
+        try:
+            self.file = open(self.path, "wb")
+        except OSError as error:
+            raise file_error(self.path, error) from error
+        self.count, self.md5, self.etag, self.head = 0, new_md5(), None, b""
+
+    def write(self, data):
+        try:
+            self.file.write(data)
+        except OSError as error:
+            raise file_error(self.path, error) from error
+        if len(self.head) < 64:
+            self.head += data[:64]
+        self.count += len(data)
+        if self.md5:
+            self.md5.update(data)
+
+    def flush(self):
+        try:
+            self.file.flush()
+        except OSError as error:
+            raise file_error(self.path, error) from error
+
+    def close(self):
+        if self.file:
+            try:
+                self.file.close()
+            except OSError:
+                pass            # a full disk, reported by flush
+            self.file = None
+
+    def leave(self):
+        """Close the part for good; one with bytes in it is kept for the next run."""
+        self.close()
+        Part.alive.discard(self.path)
+        if not self.count:
+            self.remove()
+
+    def remove(self):
+        self.close()
+        Part.alive.discard(self.path)
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass
+
+    def digest(self):
+        return self.md5.hexdigest() if self.md5 else ""
+
+    def adopt(self, left):
+        """Take over the bytes of a part that someone left behind; it is gone then.
+
+        The rename gives it to one taker only.  The bytes are copied, not appended to: a writer
+        that was only asleep then wakes up to a file that is no one's.
+        """
+        mine = self.path + ".taken"
+        try:
+            os.replace(left, mine)
+            with open(mine, "rb") as source:
+                for data in iter(lambda: source.read(CHUNK), b""):
+                    self.write(data)
+            os.unlink(mine)
+        except OSError as error:
+            log.debug("%s: not taken over: %s", left, error)
+
+
+def parts_beside(target):
+    """Return the paths of all parts of a target, and who is at them: {path: owner}."""
+    folder, name = os.path.split(target)
+    pattern = re.compile(re.escape(name) + r"\.(.+)-(\d+)-\d+\.part$")
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:
+        return {}
+    return {os.path.join(folder, found.group()): (found.group(1), int(found.group(2)))
+            for found in map(pattern.match, names) if found}
+
+
+def is_abandoned(path, owner, now=time.time):
+    """Return whether nobody writes to a part any more.
+
+    Known at once where its process was on this machine; else by the time of its last write.
+    """
+    host, pid = owner
+    if "%s-%d" % owner == owner_name():
+        return path not in Part.alive
+    if host == owner_name().rpartition("-")[0] and os.name == "posix":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+    try:
+        return now() - os.stat(path).st_mtime > ABANDONED
+    except OSError:
+        return False            # gone: its owner is done with it
+
+
+def claim(task):
+    """Return a Part for the task, with the bytes of an abandoned one where they can be trusted.
+
+    Returns None where another process is fetching the file.  Two that come at the same time see
+    each other's part, step back and come again.
+    """
+    part = Part(task.path)
+    left = []
+    for path, owner in parts_beside(task.path).items():
+        if path == part.path:
+            continue
+        if not is_abandoned(path, owner):
+            part.remove()
+            return None
+        left.append(path)
+    for path in sorted(left, key=lambda path: -size_of(path)):
+        # only an MD5 can tell whether old bytes and new ones belong together
+        if task.md5 and part.md5 and not part.count and size_of(path) <= (task.size or math.inf):
+            part.adopt(path)
+        else:
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+    return part
+
+
+def size_of(path):
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
+
+
+def is_page(head, name):
+    """Return why the first bytes of a body are no product, or an empty text."""
+    start = head.lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")) or b"<html" in start:
+        return "an HTML page"
+    if start.startswith((b"{\"", b"[{", b"{\n", b"{ ")) and not name.endswith("json"):
+        return "a JSON text"
+    signatures = SIGNATURES.get(os.path.splitext(name)[1].lower(), ())
+    if signatures and head and not head.startswith(signatures):
+        return "no %s file (it begins with %r)" % (os.path.splitext(name)[1], head[:16])
+    return ""
+
+
+def receive(session, task, part, on_bytes):
+    """Bring the rest of the file into the part, or raise; one try.
+
+    A part goes on only by 206 with the right range of an unchanged object; anything else begins
+    again, and a page of words never touches the bytes that are there.
+    """
+    headers = range_headers(task, part)
+    with session.slots:
+        try:
+            with session.open(task.href, headers) as response:
+                body = chunks(response, task.href, session.timeout, session.clock)
+                store(response, body, task, part, on_bytes, session)
+        except HttpError as error:
+            if error.status == 429:
+                session.slots.shrink()
+            if error.status != 416 or "Range" not in headers:
+                raise
+            part.reset()
+            raise CheckError("%s: the service has no bytes after those here; beginning again"
+                             % os.path.basename(task.path)) from error
+        finally:
+            part.flush()
+
+
+def range_headers(task, part):
+    if not part.count or not (part.etag or (task.md5 and part.md5)):
+        return {}
+    headers = {"Range": "bytes=%d-" % part.count}
+    if part.etag:
+        headers["If-Range"] = part.etag
+    return headers
+
+
+def store(response, body, task, part, on_bytes, session):
+    """Write a body into the part where it belongs."""
+    first = next(body, b"")
+    etag = response.headers.get("ETag", "")
+    if response.status == 206:
+        begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        if (not part.count or not begin or int(begin.group(1)) != part.count
+                or part.etag not in (None, etag)):
+            part.reset()
+            raise CheckError("%s: the service sent another range, or of another file, than asked; "
+                             "beginning again" % os.path.basename(task.path))
+    else:
+        wrong = is_page(first[:1024], task.path)
+        if wrong:
+            raise CheckError("%s: the service sent %s%s" % (
+                os.path.basename(task.path), wrong,
+                ": " + service_message(first[:4096]) if b"\0" not in first[:4096] else ""))
+        if part.count:
+            part.reset()
+    part.etag = etag if etag.startswith('"') else None      # only a strong one names the bytes
+    for data in itertools.chain([first], body):
+        part.write(data)
+        on_bytes(len(data))
+        session.check_stop()
+
+
+def check(task, part):
+    """Return how the bytes of a part were checked; raise CheckError where they are wrong.
+
+    The part is empty again then.  A zip where .nc was asked for is unpacked first if it is not
+    what the catalogue describes.  The size and MD5 of a directory product are those of its files,
+    not of the zip that comes: there the checksums in the zip are tested.
+    """
+    name = os.path.basename(task.path)
+    if part.head.startswith(b"PK\x03\x04"):
+        part.flush()
+        if is_directory_product(re.sub(r"\.zip$", "", name)):
+            return check_zip(part, name)
+        if name.endswith(".nc") and not matches(task, part):
+            unpack(part, name)
+    wrong = mismatch(task, part)
+    if wrong:
+        body = (part.count, part.digest())
+        part.seen[body] = part.seen.get(body, 0) + 1
+        again = part.seen[body] < SAME_BODY
+        part.reset()
+        raise CheckError("%s: %s%s" % (name, wrong, "" if again else (
+            "; it came like that %d times, so the catalogue and the file do not agree"
+            % SAME_BODY)), again)
+    if task.md5 and part.md5:
+        return "verified"
+    return "size only" if task.size else "unverified"
+
+
+def mismatch(task, part):
+    if task.size and part.count != task.size:
+        return "%d bytes came, %d were expected" % (part.count, task.size)
+    if task.md5 and part.md5 and part.digest() != task.md5:
+        return "MD5 %s came, %s was expected" % (part.digest(), task.md5)
+    return "" if part.count else "an empty file came"
+
+
+def matches(task, part):
+    return bool(task.size or task.md5) and not mismatch(task, part)
+
+
+def check_zip(part, name):
+    try:
+        with zipfile.ZipFile(part.path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
+        broken = str(error)
+    if broken:
+        part.reset()
+        raise CheckError("%s: the zip is broken: %s" % (name, broken))
+    return "verified"
+
+
+def unpack(part, name):
+    """Replace a zip in the part by the single .nc file it holds; names in it are never paths."""
+    packed = part.path
+    whole = packed + ".zip"
+    part.close()
+    try:
+        os.replace(packed, whole)
+        with zipfile.ZipFile(whole) as archive:
+            members = [item for item in archive.infolist() if item.filename.endswith(".nc")]
+            if len(members) != 1:
+                raise CheckError("%s: a zip with %d .nc files came; one was expected"
+                                 % (name, len(members)), temporary=False)
+            part.reset()
+            with archive.open(members[0]) as source:
+                for data in iter(lambda: source.read(CHUNK), b""):
+                    part.write(data)
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        part.reset()
+        raise CheckError("%s: the zip is broken: %s" % (name, error)) from error
+    except OSError as error:
+        raise file_error(part.path, error) from error
+    finally:
+        try:
+            os.unlink(whole)
+        except OSError:
+            pass
+
+
+def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None, patient=True):
+    """Bring one file to task.path and return its Outcome: complete and checked, or an error.
+
+    Size and MD5 that the task lacks are asked of the catalogue, once.  A file of the right size
+    that is there already is not fetched.  Where another process is fetching it, waits for that, or
+    raises Busy if not patient.  Raises DataSpaceError; then nothing is at task.path that was not
+    there before.
+    """
+    began = session.clock()
+    task = described(task, session, retry)
+    name = os.path.basename(task.path)
+    make_directories(os.path.dirname(task.path), dmode)
+    part = None
+    while part is None:
+        if is_present(task):
+            return Outcome(name, "present")
+        part = claim(task)
+        if part is None and not patient:
+            raise Busy("%s: another process is fetching it" % task.path)
+        if part is None:
+            session.sleep(POLL * (1 + random.random()))
+    if is_present(task):                # put there since, by another process
+        part.remove()
+        return Outcome(name, "present")
+    state, came = complete(task, part, session, retry, on_bytes)
+    return Outcome(name, state, came, session.clock() - began)
+
+
+def complete(task, part, session, retry, on_bytes):
+    """Fill the part, check it and put it in its place; return its state and the bytes that came."""
+    came = []
+
+    def attempt():
+        if not task.size or part.count != task.size:
+            receive(session, task, part, lambda count: (came.append(count), on_bytes(count)))
+        return check(task, part)
+
+    try:
+        state = session.retrying(os.path.basename(task.path), attempt, retry)
+        part.close()
+        os.replace(part.path, task.path)
+        Part.alive.discard(part.path)
+    except OSError as error:
+        part.leave()
+        raise file_error(task.path, error) from error
+    except BaseException:
+        part.leave()
+        raise
+    return state, sum(came)
+
+
+def is_present(task):
+    """Return whether the file is there already: only complete ones ever get their final name."""
+    if not os.path.isfile(task.path):
+        return False
+    size = os.path.getsize(task.path)
+    return size == task.size if expected_size(task) else size > 0
+
+
+def expected_size(task):
+    return 0 if is_directory_product(re.sub(r"\.zip$", "", task.path)) else task.size
+
+
+def described(task, session, retry=None):
+    """Return the task with today's href, and the size and MD5 that the catalogue knows."""
+    task = task._replace(href=mend_href(task.href))
+    by_name = task.href.startswith("s3://")
+    product_id = href_id(task.href)
+    if not by_name and (not product_id or (task.size and task.md5)):
+        return task
+    base = catalogue_of(task.href)
+    if by_name:
+        name = task.href.rstrip("/").rpartition("/")[2]
+        url = url_with(base + "/Products", **{"$filter": "Name eq '%s'" % name.replace("'", "''")})
+    else:
+        url = "%s/Products(%s)" % (base, product_id)
+    product = looked_up(url, session, retry)
+    if product is None:
+        if by_name:
+            raise CatalogueError("%s: the catalogue has no product of that name" % task.href)
+        return task
+    if by_name:
+        task = task._replace(href="https://download.%s/odata/v1/Products(%s)/$value"
+                             % (DOMAIN, product.product_id))
+    return task._replace(size=task.size or product.size, md5=task.md5 or product.md5)
+
+
+def catalogue_of(href):
+    """Return the OData base that describes a download url: the catalogue's for the Data Space."""
+    host = urllib.parse.urlsplit(href).hostname or ""
+    if href.startswith("s3:") or host == DOMAIN or host.endswith("." + DOMAIN):
+        return CATALOGUE_URL + "/odata/v1"
+    return href.partition("/Products(")[0]
+
+
+def looked_up(url, session, retry=None):
+    """Return the Product that the catalogue describes at a url, None where it has none."""
+    try:
+        page = session.read_json(Request(url), retry)
+        found = page["value"] if isinstance(page.get("value"), list) else [page]
+        return OData.product(found[0]) if found else None
+    except HttpError as error:
+        if error.temporary or error.status not in (400, 404, 422):
+            raise
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        log.debug("%s: no description of a product (%s)", shown(url), error)
+        return None
+
+
+def check_space(tasks):
+    """Raise FileError where the free space is known to be too small for what is to come."""
+    needed = {}
+    for task in tasks:
+        if not os.path.exists(task.path):
+            folder = existing_directory(os.path.dirname(task.path))
+            device = os.stat(folder).st_dev
+            needed[device] = (folder, needed.get(device, ("", 0))[1] + task.size)
+    for folder, size in needed.values():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise FileError("%s: %s free, but the files need %s; free some space, or choose "
+                            "another download.dir" % (folder, bytes_text(free), bytes_text(size)),
+                            full=True)
+
+
+def existing_directory(path):
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def bytes_text(count):
+    """Return a number of bytes for people: 63.8 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return "%d %s" % (count, unit) if unit == "bytes" else "%.1f %s" % (count, unit)
+
+
+def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambda: None):
+    """Yield the Outcome of every task as it ends, with up to session.connections at once.
+
+    A file that fails is an Outcome too; a full disk, a refused login or a stop ends the whole with
+    its error.  `idle` is called about ten times a second.  Closing the generator stops the run.
+    """
+    tasks = list(tasks)
+    check_space(tasks)
+    waiting, done = collections.deque(tasks), queue.Queue()
+
+    def work():
+        while waiting:
+            try:
+                task = waiting.popleft()
+            except IndexError:
+                return                          # another thread took the last one
+            try:
+                patient = len(waiting) < session.connections
+                done.put(fetch(task, session, None, dmode, on_bytes, patient))
+            except Busy:
+                waiting.append(task)
+            except (Stopped, LoginError) as error:
+                done.put(error)
+            except DataSpaceError as error:
+                done.put(error if getattr(error, "full", False) else
+                         Outcome(os.path.basename(task.path), "failed", message=str(error)))
+            except Exception as error:          # a fault of this file must not hang the run
+                done.put(error)
+
+    # Daemon threads: one that hangs in a system call does not keep the program from ending.
+    for _ in range(min(session.connections, len(tasks))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in tasks:
+            yield next_outcome(done, idle)
+    except BaseException:
+        waiting.clear()
+        session.stop()
+        raise
+
+
+def next_outcome(done, idle):
+    while True:
+        idle()
+        try:
+            outcome = done.get(timeout=0.1)
+        except queue.Empty:
+            continue
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+################ Workflows ################
+
+SETTINGS = (
+    "timerange.start timerange.end url api collection producttype area area.minimum area.filter "
+    "selection best download_url output.file output.columns output.geojson dmode download.dir "
+    "download.connections download.maxtry download.nsec_wait download.nsec_wait_max timeout "
+    "trusted_hosts token_url").split()
+DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
+STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
+REQUIRED = object()
+
+
+class Options:
+    """The settings of one inquiry, by their names after the base; errors tell file and line."""
+
+    def __init__(self, settings, rcbase=""):
+        self.settings, self.rcbase = settings, rcbase
+        self.warn_of_misspelt()
+
+    def get(self, name, totype="str", default=REQUIRED):
+        """Return the value of a setting, its default where it is absent or empty."""
+        for key in candidates(self.rcbase, name):
+            if key in self.settings:
+                value = self.settings.get(key, "str")
+                if value.strip() or default is REQUIRED:
+                    return self.settings.get(key, totype)
+                return default
+        if default is REQUIRED:
+            raise SettingsError("%s: this setting is missing; expected a line '%s : ...'" % (
+                name, candidates(self.rcbase, name)[0]), self.settings.filename)
+        return default
+
+    def wrong(self, name, message):
+        """Return the error for a setting, with its place."""
+        for key in candidates(self.rcbase, name):
+            if key in self.settings:
+                return SettingsError("%s: %s" % (name, message), self.settings.place(key))
+        return SettingsError("%s: %s" % (name, message), self.settings.filename)
+
+    def choice(self, name, choices, default):
+        value = self.get(name, default=default)
+        if value not in choices:
+            raise self.wrong(name, "%r is unknown; expected %s" % (value, " or ".join(choices)))
+        return value
+
+    def number(self, name, totype, default, low, high=math.inf):
+        value = self.get(name, totype, default)
+        if not low <= value <= high:
+            raise self.wrong(name, "%s is out of range; expected %s" % (
+                value, "%g to %g" % (low, high) if high < math.inf else "%g or more" % low))
+        return value
+
+    def warn_of_misspelt(self):
+        prefix = self.rcbase + "." if self.rcbase else ""
+        for key in self.settings.keys():
+            name = key[len(prefix):] if key.startswith(prefix) else ""
+            near = difflib.get_close_matches(name, SETTINGS, 1, 0.85) if name else []
+            if near and near[0] != name:
+                log.warning("%s: %s is no setting of this program and is ignored; is %s meant?",
+                            self.settings.place(key), key, near[0])
+
+
+def query_of(options):
+    """Return the Query that the settings ask for; raise SettingsError with the place."""
+    start, end = (options.get("timerange." + name, "datetime") for name in ("start", "end"))
+    if end < start:
+        raise options.wrong("timerange.end", "%s is before timerange.start, %s" % (end, start))
+    url = options.get("url")
+    if not re.match(r"https?://[^/\s]+", url):
+        raise options.wrong("url", "%r is no url; expected https://..." % url)
+    api = options.choice("api", ["auto"] + list(ADAPTERS), "auto")
+    try:
+        api_of(url) if api == "auto" else None
+        box = Box.from_text(options.get("area", default=""))
+    except ValueError as error:
+        name = "url" if "service" in str(error) else "area"
+        raise options.wrong(name, "%s" % error) from None
+    collection = known_collection(options)
+    producttype = known_producttype(options, collection)
+    kind = "local" if collection == "SENTINEL-5P" else "server"
+    server = options.choice("area.filter", ["local", "server"], kind) == "server"
+    drawn = collection != "SENTINEL-5P" or has_footprint(producttype)
+    needed = drawn and box is not None or bool(options.get("output.geojson", default=""))
+    return Query(url, collection, producttype, start, end, box, api, server and drawn, needed)
+
+
+def known_collection(options):
+    """Return the collection in the catalogue's spelling; both spellings are taken."""
+    collection = options.get("collection")
+    name = mission(collection)
+    near = difflib.get_close_matches(name, MISSIONS.values(), 1, 0.8)
+    if near and name != near[0] or not re.match(r"[\w.-]+$", name):
+        raise options.wrong("collection", "%r is unknown; expected %s" % (
+            collection, near[0] if near else "a name such as Sentinel5P"))
+    return name
+
+
+def known_producttype(options, collection):
+    """Return the product type; one of Sentinel-5P has exactly 10 characters."""
+    if collection != "SENTINEL-5P":
+        return options.get("producttype", default="")
+    producttype = options.get("producttype")
+    if len(producttype) != 10:
+        raise options.wrong("producttype", "%r has %d characters, a Sentinel-5P type has 10; %s"
+                            % (producttype, len(producttype), meant_type(producttype)))
+    return producttype
+
+
+def meant_type(text):
+    """Return a phrase that names the product type meant by a short or padded one, NO2 or L2__NO2.
+
+    Among several the ones with the same species are named.
+    """
+    bare = re.sub(r"^L2_+", "", text.upper()).strip("_")
+    found = [known for known in S5P_PRODUCTTYPES if known.upper() == text.upper()
+             or known[4:].strip("_") == bare]
+    if not found:
+        found = difflib.get_close_matches(text.upper().ljust(10, "_"), S5P_PRODUCTTYPES, 3)
+    return "is %s meant?" % " or ".join(found or ["a type such as L2__NO2___"])
+
+
+class Tally:
+    """Counts what was dropped and why, for one line of the log."""
+
+    def __init__(self, name):
+        self.name, self.kept, self.dropped, self.notes = name, 0, {}, {}
+
+    def drop(self, reason):
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def note(self, text):
+        self.notes[text] = self.notes.get(text, 0) + 1
+
+    def __str__(self):
+        reasons = ["%d %s" % (count, reason) for reason, count in self.dropped.items()]
+        notes = ["%d %s" % (count, text) for text, count in self.notes.items()]
+        return "%s: %d kept, %d dropped%s%s" % (
+            self.name, self.kept, sum(self.dropped.values()),
+            " (%s)" % ", ".join(reasons) if reasons else "",
+            "; " + ", ".join(notes) if notes else "")
+
+
+def in_period(products, query):
+    """Yield the products measured within the period, ends included; one rule for all services."""
+    tally = Tally("period")
+    for product in products:
+        if product.start <= query.end and product.end >= query.start:
+            tally.kept += 1
+            yield product
+        else:
+            tally.drop("measured before or after")
+    log.debug("%s", tally)
+
+
+def in_area(products, query, minimum):
+    """Yield (product, covered fraction of the area or None) for those that overlap the area."""
+    tally = Tally("area")
+    drawn = mission(query.collection) != "SENTINEL-5P" or has_footprint(query.producttype)
+    for product in products:
+        fraction = None
+        if query.box is not None and drawn:
+            geometry = product.geometry
+            if isinstance(geometry, str):
+                geometry = geometry_from_wkt(geometry)
+            overlaps, fraction = box_overlap(geometry, list(query.box))
+            if fraction is None:
+                tally.note("of them without a readable footprint")
+            elif not overlaps:
+                tally.drop("outside")
+                continue
+            elif 100 * fraction < minimum:
+                tally.drop("cover less than area.minimum, %g per cent" % minimum)
+                continue
+        tally.kept += 1
+        yield product, fraction
+    if query.box is not None and drawn:
+        log.log(logging.WARNING if tally.notes else logging.INFO, "%s", tally)
+
+
+def selected(rows, options):
+    """Yield the (row, geometry) pairs whose row meets the condition `selection`."""
+    text = options.get("selection", default="")
+    if not text:
+        yield from rows
+        return
+    try:
+        condition = parse_expression(re.sub(r"""(["']?)%\{(\w+)\}\1""", r"\2", text))
+    except ValueError as error:
+        raise options.wrong("selection", str(error)) from None
+    tally = Tally("selection")
+    for row, geometry in rows:
+        try:
+            keep = evaluate(condition, row._asdict())
+        except ValueError as error:
+            raise options.wrong("selection", "%s; columns are %s, written %%{orbit}" % (
+                error, " ".join(Row._fields))) from None
+        if keep:
+            tally.kept += 1
+            yield row, geometry
+        else:
+            tally.drop("not " + text)
+    log.info("%s", tally)
+
+
+def best_rows(rows):
+    """Return one row per orbit, or per granule where only granules are there.
+
+    RPRO over OFFL over NRTI, then the highest collection, processor version, production time: the
+    rule of CSO's own tables.  Rows without an orbit in their name are all kept.
+    """
+    def merit(row):
+        return (STREAM_RANK.get(row.processing, 0), row.collection, row.processor_version,
+                parse_name(row.filename).get("production", ""))
+
+    whole, granules, kept = {}, {}, []
+    for row in rows:
+        orbit = (row.producttype, parse_name(row.filename).get("orbit", ""))
+        if not orbit[1]:
+            kept.append(row)
+            continue
+        nrti = row.processing == "NRTI"
+        group, key = (granules, orbit + (row.start_time,)) if nrti else (whole, orbit)
+        if key not in group or merit(row) > merit(group[key]):
+            group[key] = row
+    kept += whole.values()
+    kept += [row for key, row in granules.items() if key[:2] not in whole]
+    tally, chosen = Tally("best"), set(kept)
+    for row in rows:
+        if row in chosen:
+            tally.kept += 1
+        else:
+            tally.drop(" ".join(filter(None, (row.processing, row.collection,
+                                              row.processor_version))))
+            log.debug("best: dropped %s", row.filename)
+    log.info("%s", tally)
+    return kept
+
+
+def session_of(options, **others):
+    """Return the Session that the settings ask for."""
+    retry = Retry(options.number("download.maxtry", "int", 10, 1),
+                  options.number("download.nsec_wait", "float", 5.0, 0),
+                  options.number("download.nsec_wait_max", "float", 600.0, 0))
+    return Session(options.number("timeout", "float", 60.0, 0.01), retry,
+                   options.get("trusted_hosts", default="").replace(",", " ").split(),
+                   options.get("token_url", default=None),
+                   options.number("download.connections", "int", 4, 1, 20), **others)
+
+
+def list_rows(options, session):
+    """Return the rows of an inquiry, newest first, and their geometries where they are written."""
+    query = query_of(options)
+    download_url = options.get("download_url", default=DOWNLOAD_URL)
+    minimum = options.number("area.minimum", "float", 0.0, 0, 100)
+    best = options.get("best", "bool", False)
+    keep_geometry = bool(options.get("output.geojson", default=""))
+    found = in_area(in_period(search(query, session), query), query, minimum)
+    pairs = ((row_of(product, download_url, fraction),
+              product.geometry if keep_geometry else None) for product, fraction in found)
+    geometries = {}
+    for row, geometry in selected(pairs, options):
+        geometries[row] = geometry
+    rows = best_rows(geometries) if best else geometries
+    if not geometries:
+        log.warning("nothing found: %s %s, %s to %s, area %s; see %s", query.collection,
+                    query.producttype, query.start, query.end,
+                    ",".join("%g" % edge for edge in query.box or ()) or "globe", query.url)
+    return newest_first(rows), geometries
+
+
+def table_columns(options):
+    columns = tuple(options.get("output.columns", default=" ".join(COLUMNS))
+                    .replace(",", " ").replace(";", " ").split())
+    unknown = [name for name in columns if name not in Row._fields]
+    if unknown:
+        raise options.wrong("output.columns", "no column %s; expected %s" % (
+            " ".join(unknown), " ".join(Row._fields)))
+    return columns
+
+
+def inquire(settings, rcbase="", session=None, today=None):
+    """Write the table that the settings ask for and return its rows, newest first.
+
+    The table is complete, or an error is raised and an older table stays as it was.  `today`, UTC
+    now by default, fills in the %Y-%m-%d of output.file.
+    """
+    options = Options(settings, rcbase)
+    today = today or datetime.datetime.utcfromtimestamp(time.time())
+    path = expand_time(options.get("output.file"), today)
+    geojson = expand_time(options.get("output.geojson", default=""), today)
+    columns = table_columns(options)
+    try:
+        dmode = directory_mode(options.get("dmode", default=None))
+    except SettingsError as error:
+        raise options.wrong("dmode", str(error).partition(": ")[2]) from None
+    rows, geometries = list_rows(options, session or session_of(options))
+    write_table(rows, path, columns, dmode)
+    log.info("%s: %d products", path, len(rows))
+    if geojson:
+        write_geojson([(row, geometries[row]) for row in rows], geojson, dmode)
+    return rows
+
+
+def tasks_of(rows, directory=".", part=None):
+    """Return the Task of every row, in directory, where %Y and %{processing} etc. are filled in.
+
+    `part` is "I/N": every N-th row only, I modulo N, so that arrays may count from 0 or from 1.
+    A file name that stands in the table twice is fetched once, from its first row.
+    """
+    tasks = {}
+    for row in part_of(list(rows), part):
+        name = safe_name(row.filename)
+        if is_directory_product(name):
+            name += ".zip"
+        path = os.path.join(fill_in(directory, row), name)
+        if path in tasks and tasks[path].href != row.href:
+            log.warning("%s: twice in the table; %s is not fetched", name, row.href)
+        tasks.setdefault(path, Task(row.href, path, int(row.size or 0), row.md5))
+    return list(tasks.values())
+
+
+def fill_in(directory, row):
+    """Return the directory of a row: %{column} by its value, %Y etc. by its start time."""
+    def column(match):
+        value = getattr(row, match.group(1), None)
+        if value is None:
+            raise SettingsError("download.dir: no column %s; expected one of %s" % (
+                match.group(1), " ".join(Row._fields)))
+        return safe_name(value) if value else "unknown"
+
+    directory = re.sub(r"%\{(\w+)\}", column, directory)
+    if not re.search("%[YmdHMSjy]", directory):
+        return directory
+    if not row.start_time:
+        raise SettingsError("download.dir: %s has no start_time, which %%Y in %r needs"
+                            % (row.filename, directory))
+    return expand_time(directory, parse_time(row.start_time.replace(" ", "T")))
+
+
+def part_of(items, part):
+    """Return every N-th item for "I/N", all for None; raise SettingsError."""
+    if part is None:
+        return items
+    match = re.match(r"(\d+)/([1-9]\d*)$", part)
+    if not match:
+        raise SettingsError("--part: %r is not I/N; expected numbers such as 3/16" % part)
+    index, count = int(match.group(1)), int(match.group(2))
+    return items[index % count::count]
+
+
+################ Original names ################
+
+# The names of the CSO toolbox, CamelCase as there.  No logic here: each translates its arguments
+# for the functions above.  RcFile and UtopyaRc are in use by other tools as base classes.
+
+
+class RcFile:
+    """The values of a settings file; `filename` is its name.  Raises SettingsError."""
+
+    def __init__(self, filename, env={}):       # env is read, never changed
+        self.filename, self.settings = filename, read_settings(filename, env)
+
+    def keys(self):
+        """Return the list of all keys."""
+        return self.settings.keys()
+
+    def has_key(self, key):
+        """Return whether the file defines a key."""
+        return key in self.settings
+
+    def get(self, key, totype='', default=None):
+        """Return a value as text, or as the type named by totype, such as "int" or "datetime"."""
+        return self.settings.get(key, totype, default)
+
+
+class UtopyaRc:
+    """Settings below a base name, for classes that are configured by a settings file.
+
+    Subclasses call GetSetting("name"), which looks for BASE.name, then "*.name" with ever shorter
+    bases.  Without rcfile nothing is read until InitRc.
+    """
+
+    def __init__(self, rcfile=None, rcbase='', env={}):
+        self.logger = log
+        self.rcf = self.rcfile = self.rcbase = None
+        if rcfile is not None:
+            self.InitRc(rcfile, rcbase, env)
+
+    def InitRc(self, rcfile, rcbase='', env={}):
+        """Read the settings file."""
+        self.rcfile, self.rcbase = rcfile, rcbase
+        self.rcf = RcFile(rcfile, env)
+
+    def GetSetting(self, name, totype='', **kwargs):
+        """Return a setting; `default` is returned as it is where the file has none."""
+        for key in candidates(self.rcbase, name):
+            if self.rcf.has_key(key):
+                return self.rcf.get(key, totype, **kwargs)
+        if "default" in kwargs:
+            return kwargs["default"]
+        raise SettingsError("setting %r is not there; expected one of the keys %s" % (
+            name, ", ".join(candidates(self.rcbase, name))), self.rcfile)
+
+    def WriteSettings(self, filename):
+        """Write all values, variables filled in."""
+        write_settings(self.rcf.settings, filename)
+
+
+class NullAuth:
+    """Keeps requests from replacing a bearer header by the netrc file: requests.get(auth=NullAuth())
+
+    A callable that returns its argument, which is all that requests asks of an auth object.
+    Nothing in this module needs it.
+    """
+
+    def __call__(self, request):
+        return request
+
+
+class CSO_DataSpace_Inquire(UtopyaRc):
+    """Do the inquiry of a settings file when made; the table is complete, or an error is raised.
+
+    Afterwards `rows` holds the listed Row tuples.  `indent` goes before each message.
+    """
+
+    def __init__(self, rcfile, rcbase='', env={}, indent=''):       # env is read, never changed
+        UtopyaRc.__init__(self, rcfile, rcbase, env)
+        log.info("%sinquire, settings %s", indent, rcfile)
+        self.rows = inquire(self.rcf.settings, rcbase)
+
+
+class CSO_DataSpace_Downloader:
+    """Fetches files with an access token that is kept and used until it expires.
+
+    May be pickled (without its token), so that process pools can use it.
+    """
+
+    def __init__(self):
+        self.session = Session()
+
+    def CreateToken(self, href, indent=''):
+        """Get an access token for the host of a download url now; raise LoginError or HttpError."""
+        log.info("%saccess token for %s", indent, shown(href))
+        self.session.token.get(urllib.parse.urlsplit(href).hostname)
+
+    def DownloadFile(self, href, output_file, maxtry=10, nsec_wait=5, nsec_wait_max=600,
+                     dmode=None, indent=''):
+        """Bring the file at href to output_file: complete and checked, or an error is raised.
+
+        Waits nsec_wait seconds before the second try, longer each time up to nsec_wait_max, at
+        most maxtry tries in all.  Makes the directory where it is missing, with mode dmode.
+        """
+        outcome = fetch(Task(href, output_file), self.session,
+                        Retry(maxtry, nsec_wait, nsec_wait_max), directory_mode(dmode))
+        log.info("%s%s: %s", indent, outcome.filename, outcome.state)
+
+
+################ Command line ################
+
+EXAMPLES = {
+    "run": "example: %(prog)s no2.rc --set area=-10,35,30,60",
+    "inquire": "example: %(prog)s no2.rc --env my.work=/scratch/me",
+    "download": "example: %(prog)s table.csv --dir data/%%Y/%%m --part 3/16 --report report.csv",
+    "settings": "example: %(prog)s no2.rc",
+    "check": "example: %(prog)s no2.rc",
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+class Screen(logging.Handler):
+    """What the user sees on stderr: messages, and on a terminal one line of progress below them."""
+
+    def __init__(self, stream, clock=time.monotonic):
+        super().__init__()
+        self.stream, self.clock = stream, clock
+        self.terminal = stream.isatty()
+        self.drawn, self.drawn_at = "", -math.inf
+
+    def emit(self, record):
+        level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
+        self.write(level + record.getMessage() + "\n")
+
+    def write(self, text):
+        """Write a whole line above the line of progress."""
+        try:
+            self.stream.write(self.erasing() + text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass                # a terminal that went away must not end the run
+        self.drawn = ""
+
+    def erasing(self):
+        return "\r" + " " * len(self.drawn) + "\r" if self.drawn else ""
+
+    def draw(self, text, at_once=False):
+        """Show the line of progress: cut to the window, at most ten times a second."""
+        if not self.terminal or (self.clock() - self.drawn_at < 0.1 and not at_once):
+            return
+        text = text[:max(10, self.width() - 1)]
+        self.stream.write(self.erasing() + text)
+        self.stream.flush()
+        self.drawn, self.drawn_at = text, self.clock()
+
+    def width(self):
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
+
+
+class Progress:
+    """Adds up the files and bytes of a batch and shows them on a Screen."""
+
+    def __init__(self, tasks, screen, clock=time.monotonic):
+        self.files, self.size = len(tasks), sum(task.size for task in tasks)
+        self.unknown = any(not task.size for task in tasks)
+        self.screen, self.clock, self.began = screen, clock, clock()
+        self.ended = self.came = self.skipped = 0
+        self.lock = threading.Lock()
+
+    def add(self, count):
+        with self.lock:
+            self.came += count
+
+    def draw(self):
+        seconds = max(self.clock() - self.began, 0.001)
+        rate = self.came / seconds
+        text = "%d/%d files, %s" % (self.ended, self.files, bytes_text(self.came))
+        if self.size and not self.unknown:
+            text += " of " + bytes_text(self.size)
+        text += ", %s/s" % bytes_text(rate)
+        left = self.size - self.came - self.skipped
+        if rate and not self.unknown and left > 0:
+            text += ", %s left" % duration(left / rate)
+        self.screen.draw(text)
+
+    def end(self, outcome, size=0):
+        """Log how a file ended; on a terminal only what needs attention stays to be read."""
+        self.ended += 1
+        if outcome.state == "failed":
+            log.error("%s", outcome.message if outcome.filename in outcome.message else
+                      "%s: %s" % (outcome.filename, outcome.message))
+            return
+        self.skipped += 0 if outcome.bytes else size
+        text = "%s: %s" % (outcome.filename, outcome.state)
+        if outcome.bytes:
+            text += ", %s in %.1f s, %s/s" % (bytes_text(outcome.bytes), outcome.seconds, bytes_text(
+                outcome.bytes / max(outcome.seconds, 0.001)))
+        quiet = self.screen.terminal and outcome.state in ("verified", "size only", "present")
+        log.log(logging.DEBUG if quiet else logging.INFO, "%s", text)
+
+
+def duration(seconds):
+    """Return seconds for people: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return "%d s" % seconds
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return "%d h %d min" % (hours, minutes) if hours else "%d min" % minutes
+
+
+def say(text):
+    """Print a result; what the console's encoding can't show is escaped."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def parser():
+    top = argparse.ArgumentParser(
+        prog="cso_dataspace", description="List and fetch Sentinel products of the Copernicus "
+        "Data Space. A table is complete, or there is an error; a file is complete and checked, "
+        "or absent.", epilog="exit status: 0 all well, 1 error, 2 usage, 3 some files failed, "
+        "130 and 143 stopped by a signal")
+    top.add_argument("--version", action="version", version="cso_dataspace " + __version__)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    commands.required = True
+
+    def command(name, text):
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                                  epilog=EXAMPLES[name])
+        sub.add_argument("-q", "--quiet", action="store_true", help="errors only")
+        sub.add_argument("-v", "--verbose", action="store_true", help="requests and dropped rows")
+        return sub
+
+    run = command("run", "inquire, write the table, download its files")
+    listing = command("inquire", "write the table only")
+    fetching = command("download", "download the files of a table, or single ones")
+    showing = command("settings", "show the evaluated settings, each with its place")
+    checking = command("check", "see whether everything is in place")
+    for sub in (run, listing, showing):
+        sub.add_argument("rcfile", metavar="RCFILE", help="settings file")
+    checking.add_argument("rcfile", metavar="RCFILE", nargs="?", help="settings file")
+    for sub in (run, listing, showing, checking):
+        sub.add_argument("--rcbase", metavar="BASE", help="first part of the names of the settings")
+        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], type=pair,
+                         help="another value for a setting")
+        sub.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], type=pair,
+                         help="a value for ${NAME}")
+    fetching.add_argument("sources", metavar="TABLE|HREF", nargs="+")
+    fetching.add_argument("--dir", default=".", help="where to; %%Y, %%{processing} etc. filled in")
+    fetching.add_argument("--connections", type=int, default=4, metavar="N", help="at once, 1 to 4")
+    for sub in (run, fetching):
+        sub.add_argument("--part", metavar="I/N", help="every N-th file only, for job arrays")
+        sub.add_argument("--report", metavar="FILE", help="write a csv line for each file")
+    for sub in (run, listing, fetching):
+        sub.add_argument("--dry-run", action="store_true", help="show what would be done")
+    return top
+
+
+def pair(text):
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError("%r is not NAME=VALUE" % text)
+    return name, value
+
+
+def options_of(args):
+    """Return the Options of a command line: its settings file, base and overrides."""
+    settings = read_settings(args.rcfile, dict(args.env))
+    base = args.rcbase
+    if base is None:
+        bases = rcbases(settings)
+        if len(bases) > 1:
+            raise SettingsError("several inquiries in it; choose one: --rcbase %s"
+                                % " or ".join(bases), args.rcfile)
+        base = bases[0] if bases else ""
+    for name, value in args.set:
+        key = candidates(base, name)[0] if name in SETTINGS else name
+        settings.set(key, value, "--set " + name)
+    return Options(settings, base)
+
+
+def command_run(args, screen):
+    options = options_of(args)
+    target = options.get("download.dir")
+    dmode = directory_mode(options.get("dmode", default=None))
+    with session_of(options) as session:
+        if args.dry_run:
+            return show_plan(tasks_of(dry_rows(options, session), target, args.part))
+        rows = inquire(options.settings, options.rcbase, session)
+        return fetch_all(tasks_of(rows, target, args.part), session, args.report, screen, dmode)
+
+
+def command_inquire(args, screen):
+    options = options_of(args)
+    with session_of(options) as session:
+        if args.dry_run:
+            return show_plan(tasks_of(dry_rows(options, session)))
+        inquire(options.settings, options.rcbase, session)
+    return 0
+
+
+def dry_rows(options, session):
+    query = query_of(options)
+    api = query.api if query.api != "auto" else api_of(query.url)
+    say("request: %s" % urllib.parse.unquote(
+        ADAPTERS[api].first(query._replace(url=query.url.rstrip("/"))).url))
+    return list_rows(options, session)[0]
+
+
+def command_download(args, screen):
+    if not 1 <= args.connections <= 20:
+        raise SettingsError("--connections: 1 to 4 expected (20 for accounts that have them)")
+    with Session(connections=args.connections) as session:
+        rows = [row for source in args.sources for row in rows_of(source, session)]
+        tasks = tasks_of(rows, args.dir, args.part)
+        if args.dry_run:
+            return show_plan(tasks)
+        return fetch_all(tasks, session, args.report, screen)
+
+
+def rows_of(source, session):
+    """Return the rows of a table, or the one row of a href, named by the catalogue."""
+    if not re.match(r"(https?|s3)://", source):
+        return read_table(source)
+    href = mend_href(source)
+    if href.startswith("s3://"):
+        return [Row(*[""] * 6, filename=href.rstrip("/").rpartition("/")[2], href=href)]
+    product = looked_up("%s/Products(%s)" % (catalogue_of(href), href_id(href)), session)
+    if product is None:
+        raise CatalogueError("%s: the catalogue has no such product; is the href right?" % source)
+    return [row_of(product, href)]
+
+
+def show_plan(tasks):
+    unknown = sum(not task.size for task in tasks)
+    say("%d files, %s%s" % (len(tasks), bytes_text(sum(task.size for task in tasks)),
+                            ", and %d of unknown size" % unknown if unknown else ""))
+    for task in tasks:
+        say("%s <- %s" % (task.path, task.href))
+    return 0
+
+
+def fetch_all(tasks, session, report, screen, dmode=None):
+    """Download the tasks, show and report how each ended; return the exit status."""
+    progress, ended = Progress(tasks, screen), []
+    sizes = {os.path.basename(task.path): task.size for task in tasks}
+    try:
+        for outcome in download(tasks, session, dmode, progress.add, progress.draw):
+            ended.append(outcome)
+            progress.end(outcome, sizes[outcome.filename])
+    finally:
+        screen.write("")
+        if report:
+            write_report(ended, tasks, report)
+    failed = [outcome for outcome in ended if outcome.state == "failed"]
+    counts = collections.Counter(outcome.state for outcome in ended)
+    say("%d of %d files here: %s" % (len(ended) - len(failed), len(tasks), ", ".join(
+        "%d %s" % (count, state) for state, count in sorted(counts.items())) or "nothing to do"))
+    if failed:
+        log.error("%d files failed; run the same command again to go on", len(failed))
+    return 3 if failed else 0
+
+
+def write_report(ended, tasks, path):
+    """Write a csv line for each file; those that a stop left out are failed as well."""
+    known = {outcome.filename for outcome in ended}
+    missing = [Outcome(os.path.basename(task.path), "failed", message="not reached")
+               for task in tasks if os.path.basename(task.path) not in known]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=";", lineterminator="\n")
+    writer.writerow(Outcome._fields)
+    for outcome in ended + missing:
+        writer.writerow(outcome._replace(seconds="%.1f" % outcome.seconds))
+    replace_file(path, text.getvalue().encode("utf-8"))
+
+
+def command_settings(args, screen):
+    settings = options_of(args).settings
+    for key in settings.keys():
+        say("%s : %s   ! %s" % (key, settings.get(key, "str"), settings.place(key)))
+    return 0
+
+
+def command_check(args, screen):
+    """Print a line for everything a run needs: ok, or what to do; status 1 if something is not."""
+    options = options_of(args) if args.rcfile else None
+    session = session_of(options) if options else Session()
+    session.retry = Retry(1)
+    url = options.get("url") if options else CATALOGUE_URL + "/odata/v1"
+    folder = options.get("download.dir", default=".") if options else "."
+    failed = 0
+    with session:
+        for name, probe in (
+                ("python", check_python), ("proxy", lambda: check_proxy(url)),
+                ("catalogue", lambda: check_catalogue(url, session)),
+                ("credentials", lambda: check_credentials(session)),
+                ("login", lambda: session.token.get() and "ok: the service gave a token"),
+                ("space", lambda: check_folder(folder))):
+            try:
+                said = probe()
+            except DataSpaceError as error:
+                said, failed = "NOT ok: %s" % error, 1
+            say("%-12s %s" % (name, said))
+    return failed
+
+
+def check_python():
+    paths = ssl.get_default_verify_paths()
+    return "ok: %d.%d.%d, %s, certificates from %s" % (
+        sys.version_info[:3] + (ssl.OPENSSL_VERSION, os.environ.get("SSL_CERT_FILE")
+                                or paths.cafile or paths.capath or "elsewhere"))
+
+
+def check_proxy(url):
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy:
+        return "ok: none set"
+    if urllib.request.proxy_bypass(parts.hostname):
+        return "ok: %s, but not for %s (NO_PROXY)" % (shown(proxy), parts.hostname)
+    return "ok: %s" % shown(proxy)
+
+
+def check_catalogue(url, session):
+    """Ask for the least there is; tell the clock difference, and whether OpenSearch answers."""
+    api, base = api_of(url), url.rstrip("/")
+    probe = {"odata": "/Products?$top=1&$select=Id", "stac": "/collections?limit=1",
+             "opensearch": "/collections/Sentinel5P/search.json?maxRecords=1"}[api]
+    try:
+        with session.http.open(base + probe, {"Accept": "application/json"}) as response:
+            date = email.utils.parsedate_tz(response.headers.get("Date") or "")
+            decode_json(b"".join(chunks(response, base, session.timeout)), base)
+    except HttpError as error:
+        if api == "opensearch" and fallback(Query(base, *[None] * 4)):
+            return "ok: OpenSearch is retired (%s); OData: %s" % (
+                error, check_catalogue(fallback(Query(base, *[None] * 4)), session))
+        raise
+    skew = "" if not date else ", clocks differ by %d s" % abs(
+        email.utils.mktime_tz(date) - time.time())
+    return "ok: %s answers%s" % (base, skew)
+
+
+def check_credentials(session):
+    found = find_credentials("download." + DOMAIN, session.environ)
+    return "ok: %s, from %s" % (found.username, found.source)
+
+
+def check_folder(folder):
+    place = existing_directory(re.split("%", folder)[0] or ".")
+    if not os.access(place, os.W_OK):
+        raise FileError("%s: can't be written; choose another download.dir" % place)
+    return "ok: %s free in %s" % (bytes_text(shutil.disk_usage(place).free), place)
+
+
+COMMANDS = {"run": command_run, "inquire": command_inquire, "download": command_download,
+            "settings": command_settings, "check": command_check}
+
+
+def on_sigterm(number, frame):
+    raise Terminated
+
+
+def main(argv=None):
+    """Run the command line and return the exit status: 0, 1, 2, 3, 130 or 143.
+
+    No traceback for what a user can cause.
+    """
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as error:         # argparse has said why
+        return error.code or 0
+    screen = Screen(sys.stderr)
+    screen.setLevel(logging.ERROR if args.quiet else logging.DEBUG)
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
+    log.addHandler(screen)
+    log.propagate = False
+    try:
+        before = signal.signal(signal.SIGTERM, on_sigterm)
+    except ValueError:                  # not the main thread
+        before = None
+    try:
+        return COMMANDS[args.command](args, screen)
+    except DataSpaceError as error:
+        log.error("%s", error)
+        return 1
+    except BrokenPipeError:             # stdout went to a program such as head, which ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        log.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        log.error("stopped by Ctrl-C; what has come is kept, run again to go on")
+        return 130
+    except Terminated:
+        log.error("stopped by SIGTERM; what has come is kept, run again to go on")
+        return 143
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+        log.removeHandler(screen)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+if __name__ == "__main__":
+    sys.exit(main())
