@@ -67,8 +67,9 @@ import urllib.request
 import weakref
 import zipfile
 import zlib
-from itertools import chain
-from math import asin, atan, atan2, ceil, cos, degrees, floor, hypot, isfinite, radians, sin, sqrt, tan
+from itertools import chain, count, groupby
+from math import asin, atan, atan2, ceil, cos, degrees, floor, isfinite, radians, sin, sqrt, tan
+from operator import sub
 from typing import List, NamedTuple, Tuple
 
 __version__ = "1.0"
@@ -970,7 +971,8 @@ def is_directory_product(filename):
 
 SAME = 1e-6      # degrees, 0.1 m: catalogues write six digits or more, so nearer numbers are one
 SLACK = 1e-9     # degrees, 0.1 mm: above the rounding of x + 360 (6e-14), below any digit written
-BULGE = 0.02     # degrees, 2 km: less than half the smallest pixel of S5P (5.5 km)
+BULGE = 0.01     # degrees, 1.1 km: a fifth of the length of a pixel of S5P
+UNBENT = 8 * BULGE / radians(1)  # square degrees: D (dlat + D / 2) of an edge that bulges so much
 ROUNDING = 1e-6  # share: above the error of areas from six digits, below the share of any image
 HALF = 0.5 + ROUNDING
 
@@ -997,8 +999,8 @@ class Ring(NamedTuple):
 
 
 class Footprint(NamedTuple):
-    """Walks with their inside to the left: a place is covered `base` + count times."""
-    parts: List[List[Walk]]
+    """Walks, by part, with their inside to the left: a place is covered `base` + count times."""
+    walks: List[List[Walk]]
     base: int
     share: float
     rest: bool  # covered is the rest of what the catalogue drew
@@ -1028,7 +1030,7 @@ def box_overlap(geometry, box):
 
 def overlap(footprint, box):
     west, south, east, north = box
-    edges = edges_of(chain(*footprint.parts))
+    edges = edges_of(chain(*footprint.walks))
     if touches(outline(edges) if footprint.rest else edges, box):
         size = (east - west) * (north - south)
         covered = footprint.base + shade(edges, box) / size if size else 1.0
@@ -1132,27 +1134,22 @@ def bent(xs, lats):
     D sin(lat). As L is at most dlat + D cos(lat), and sin cos at most 1/2, that is no more than
     D (dlat + D / 2) / 8, and n^2 times less where the edge is cut into n.
     """
-    per_bulge = radians(1) / 8 / BULGE
-    x0, lat0, z0 = xs[0], lats[0], sine(lats[0])
-    walk = [(x0, z0)]
-    for x1, lat1 in zip(xs[1:], lats[1:]):
-        z1, dx, dlat = sine(lat1), abs(x1 - x0), abs(lat1 - lat0)
-        bulges = dx * (dlat + dx / 2) * per_bulge
-        if bulges > 1 and dlat > SAME:
-            walk += great_circle(x0, z0, x1, z1, ceil(sqrt(bulges)))
-        walk.append((x1, z1))
-        x0, lat0, z0 = x1, lat1, z1
+    walk = list(zip(xs, map(sin, map(radians, lats))))
+    steps = zip(count(1), map(abs, map(sub, xs[1:], xs)), map(abs, map(sub, lats[1:], lats)))
+    bulging = [(i, dx * (dlat + dx / 2)) for i, dx, dlat in steps
+               if dx * (dlat + dx / 2) > UNBENT and dlat > SAME]  # not along a parallel
+    for i, size in reversed(bulging):
+        walk[i:i] = great_circle(*walk[i - 1], *walk[i], ceil(sqrt(size / UNBENT)))
     return walk
 
 
 def great_circle(x0, z0, x1, z1, pieces):
     """Yield the places that cut a great circle into pieces: its chord, seen from the centre."""
-    c0, c1, dx = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1), radians(x1 - x0)
-    for i in range(1, pieces):
-        t = i / pieces
-        ahead, aside = (1 - t) * c0 + t * c1 * cos(dx), t * c1 * sin(dx)
-        up = (1 - t) * z0 + t * z1
-        yield x0 + degrees(atan2(aside, ahead)), up / sqrt(ahead**2 + aside**2 + up**2)
+    radius0, radius1, angle = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1), radians(x1 - x0)
+    ahead, aside, up = radius1 * cos(angle) - radius0, radius1 * sin(angle), z1 - z0
+    for t in [i / pieces for i in range(1, pieces)]:
+        a, b, c = radius0 + t * ahead, t * aside, z0 + t * up
+        yield x0 + degrees(atan2(b, a)), c / sqrt(a * a + b * b + c * c)
 
 
 def sine(lat):
@@ -1163,31 +1160,35 @@ def sine(lat):
 
 def footprint_of(parts):
     """The Footprint of the Rings of polygons."""
-    laid = [[inside_left(ring, hole=i > 0) for i, ring in enumerate(part)] for part in parts]
-    walks = [[walk for walk, _, _ in part] for part in laid]
-    base, share = (sum(numbers) for numbers in list(zip(*chain(*laid)))[1:])
-    if share < HALF or any(map(is_grid, chain(*walks))):
-        return Footprint(walks, base, share, rest=False)
-    return Footprint([[walk[::-1] for walk in part] for part in walks], 1 - base, 1 - share, rest=True)
+    laid = [inside_left(part) for part in parts]
+    footprint = Footprint(walks=[walks for one in laid for walks in one.walks],
+                          base=sum(one.base for one in laid),
+                          share=sum(one.share for one in laid), rest=False)
+    if footprint.share < HALF or any(map(is_grid, chain(*footprint.walks))):
+        return footprint
+    return rest_of(footprint)
 
 
-def inside_left(ring, hole):
-    """(walk, base, share) of one ring; a hole counts against its part.
+def inside_left(part):
+    """The Footprint of one ring and its holes.
 
-    A ring is as large as it is drawn, for the parts of a footprint may add up to the rest of the
-    globe. But one that has gone round a pole is not drawn: the smaller side is its inside.
+    These are first as large as they are drawn, for the parts of a footprint may add up to the rest
+    of the globe. Only if together they go round a pole is nothing drawn: the smaller side.
     """
-    walk = walk_of(closed(ring))
-    share = area(walk)
-    if share < 0:
-        walk, share = walk[::-1], -share
+    walks = [walk_of(closed(ring)) for ring in part]
+    areas = [area(walk) for walk in walks]
+    walks = [walk[::-1] if (drawn < 0) != (i > 0) else walk
+             for i, (walk, drawn) in enumerate(zip(walks, areas))]
+    share = abs(areas[0]) - sum(map(abs, areas[1:]))
     base = -int(share - ROUNDING)  # whole spheres too many, of orbits that pass a pole again
-    share += base
-    if hole:
-        return walk[::-1], -base, -share
-    if share > HALF and abs(walk[-1][0] - walk[0][0]) > 180:
-        return walk[::-1], 1 - base, 1 - share
-    return walk, base, share
+    footprint = Footprint([walks], base, share + base, rest=False)
+    turn = sum(walk[-1][0] - walk[0][0] for walk in walks)
+    return rest_of(footprint) if footprint.share > HALF and abs(turn) > 180 else footprint
+
+
+def rest_of(footprint):
+    walks = [[walk[::-1] for walk in part] for part in footprint.walks]
+    return Footprint(walks, 1 - footprint.base, 1 - footprint.share, rest=True)
 
 
 def closed(ring):
@@ -1245,14 +1246,14 @@ def clamp(number, low, high):
 def count_south(edges, x, z):
     """Count the edges in sight south of a place: those that run east less those that run west."""
     x -= SLACK  # beside the digits that are written, so that no edge ends on the line of sight
-    count = 0
+    total = 0
     for x0, z0, x1, z1 in edges:
         turns = (x1 - x) // 360 - (x0 - x) // 360
         if turns:
             seen = x + (max(x0, x1) - x) // 360 * 360
             if z0 + (seen - x0) * (z1 - z0) / (x1 - x0) < z:
-                count += int(turns)
-    return count
+                total += int(turns)
+    return total
 
 
 def shade(edges, box):
@@ -1260,25 +1261,33 @@ def shade(edges, box):
     west, south, east, north = box
     total = 0.0
     for x0, z0, x1, z1 in edges:
-        if z0 < north or z1 < north:
-            low, high = min(x0, x1), max(x0, x1)
-            for turns in range(floor((low - east) / 360) + 1, floor((high - west) / 360) + 1):
-                start, end = max(low, west + 360 * turns), min(high, east + 360 * turns)
-                if start < end:
-                    slope = (z1 - z0) / (x1 - x0)
-                    top = mean_clamped(z0 + (start - x0) * slope, z0 + (end - x0) * slope, south, north)
-                    total += (end - start if x0 < x1 else start - end) * (north - top)
+        low, high = (x0, x1) if x0 < x1 else (x1, x0)
+        if (z0 < north or z1 < north) and east + (high - west) // 360 * 360 > low:
+            for turns in turns_between(low - east, high - west):
+                total += shade_of_edge(x0, z0, x1, z1, west + 360 * turns, south,
+                                       east + 360 * turns, north)
     return total
+
+
+def turns_between(low, high):
+    """The whole numbers of turns above low and below high."""
+    return range(floor(low / 360) + 1, ceil(high / 360))
+
+
+def shade_of_edge(x0, z0, x1, z1, west, south, east, north):
+    start, end = clamp(x0, west, east), clamp(x1, west, east)
+    slope = (z1 - z0) / (x1 - x0)
+    top = mean_clamped(z0 + (start - x0) * slope, z0 + (end - x0) * slope, south, north)
+    return (end - start) * (north - top)
 
 
 def mean_clamped(a, b, low, high):
     """Mean over the numbers from a to b of each clamped to low..high."""
-    a, b = min(a, b), max(a, b)
     inner_a, inner_b = clamp(a, low, high), clamp(b, low, high)
     if inner_a == inner_b:
         return inner_a
-    below, above, inner = inner_a - a, b - inner_b, inner_b - inner_a
-    return (below * low + above * high + inner * (inner_a + inner_b) / 2) / (b - a)
+    outer = (inner_a - a) * inner_a + (b - inner_b) * inner_b
+    return (outer + (inner_b - inner_a) * (inner_a + inner_b) / 2) / (b - a)
 
 
 # Cutting at the seam, for files that other programs read.
@@ -1301,7 +1310,7 @@ def split_geometry(geometry):
         footprint = footprint_of(parts)
     except UNREADABLE:
         return None
-    groups = [list(chain(*footprint.parts))] if footprint.rest else footprint.parts
+    groups = [list(chain(*footprint.walks))] if footprint.rest else footprint.walks
     return as_geojson("Polygon", [[places(ring) for ring in polygon] for walks in groups
                                   for polygon in polygons_on_map(walks, footprint.rest)])
 
@@ -1359,8 +1368,8 @@ def with_crossings(walk):
     """The walk with a place wherever it crosses 180 or a copy of it."""
     crossed = walk[:1]
     for (x0, z0), (x1, z1) in zip(walk, walk[1:]):
-        turns = range(floor((min(x0, x1) - 180) / 360) + 1, ceil((max(x0, x1) - 180) / 360))
-        for x in sorted((180 + 360 * turn for turn in turns), reverse=x0 > x1):
+        turns = turns_between(min(x0, x1) - 180, max(x0, x1) - 180)
+        for x in [180 + 360 * turn for turn in turns][::1 if x0 < x1 else -1]:
             crossed.append((x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)))
         crossed.append((x1, z1))
     return crossed
@@ -1401,8 +1410,8 @@ def way_round(place):
 
 # Text: the Footprint of OData.
 
-WKT = re.compile(r"\s*(?:geography')?\s*(?:SRID=\d+;)?\s*(\w+)[\sZM]*?(\(.*\))\s*'?\s*", re.I | re.S)
-WKT_TYPES = {  # name: its type in GeoJSON, and how deep its numbers are
+WKT = re.compile(r"\s*(?:geography')?\s*(?:SRID=\d+;)?\s*([A-Z]+)[\sZM]*(\(.*\))\s*'?\s*", re.I | re.S)
+WKT_TYPES = {  # name: its type in GeoJSON, and how deep it nests its places
     "POINT": ("Point", 1),
     "LINESTRING": ("LineString", 1),
     "POLYGON": ("Polygon", 2),
@@ -1412,18 +1421,17 @@ WKT_TYPES = {  # name: its type in GeoJSON, and how deep its numbers are
 
 
 def geometry_from_wkt(text):
-    """Return the GeoJSON geometry of "geography'SRID=4326;POLYGON ((lon lat, ...))'", or None.
+    """Return the GeoJSON geometry of OData's "geography'SRID=4326;POLYGON ((lon lat, ...))'".
 
-    Bare "POLYGON ((...))" as well; POINT, LINESTRING, POLYGON and their MULTI forms, but for
-    MULTIPOINT.
+    The wrapper may be missing. Places keep two values. None for any other text, or no text.
     """
     match = WKT.fullmatch(text) if isinstance(text, str) else None
-    if not match or match.group(1).upper() not in WKT_TYPES:
+    kind, depth = WKT_TYPES.get(match.group(1).upper(), (None, 0)) if match else (None, 0)
+    if not kind:
         return None
-    kind, depth = WKT_TYPES[match.group(1).upper()]
-    nested = re.sub(r"[^(),]*\d[^(),]*", lambda place: "[%s]" % ",".join(place.group().split()),
-                    match.group(2)).replace("(", "[").replace(")", "]")
-    if nested.replace(" ", "")[:depth + 2].count("[") != depth + 1:
+    nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", match.group(2))
+    nested = nested.translate({ord("("): "[", ord(")"): "]", ord(" "): None})
+    if not re.match(r"\[{%d}[^\[]" % (depth + 1), nested):
         return None
     try:
         coordinates = json.loads(nested)
@@ -1584,6 +1592,15 @@ class Connections(urllib.request.AbstractHTTPHandler):
                 pass            # closed by the other side, or by the thread that used it
 
 
+class Proxies(urllib.request.ProxyHandler):
+    """The proxies of the environment, but never for this machine: they would see the token."""
+
+    def proxy_open(self, request, proxy, kind):
+        if is_loopback(urllib.parse.urlsplit(request.full_url).hostname):
+            return None
+        return super().proxy_open(request, proxy, kind)
+
+
 class Http:
     """One request at a time: redirects followed by hand, every failure a HttpError.
 
@@ -1597,8 +1614,7 @@ class Http:
         # No OpenerDirector of build_opener: that one follows redirects with the token in the
         # headers, and opens file: and ftp: urls.
         self.opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler(), urllib.request.UnknownHandler(),
-                        self.connections):
+        for handler in (Proxies(), urllib.request.UnknownHandler(), self.connections):
             self.opener.add_handler(handler)
 
     def send(self, url, headers, data, timeout=None):
@@ -1642,7 +1658,7 @@ def connection_error(url, error):
                                     % host)
     elif isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
         temporary, advice = False, "; is the name %r right, and this machine on the network?" % host
-    elif isinstance(error, ValueError) or "unknown url type" in str(reason):
+    elif isinstance(error, (ValueError, http.client.InvalidURL)) or "unknown url" in str(reason):
         temporary, advice = False, "; an http or https url was expected"
     elif "Tunnel connection failed: 407" in str(reason):
         temporary, advice = False, "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
@@ -2030,7 +2046,7 @@ class Token:
             return
         try:
             self.post(re.sub(r"/token$", "/logout", self.url),
-                      {"client_id": "cdse-public", "refresh_token": grant.refresh})
+                      {"client_id": "cdse-public", "refresh_token": grant.refresh}, Retry(1))
         except DataSpaceError as error:
             log.debug("logout: %s", error)
 
@@ -2111,9 +2127,9 @@ class Session:
             data = json.dumps(request.body).encode("utf-8")
         return self.retrying("catalogue", read, retry)
 
-    def post(self, url, fields):
+    def post(self, url, fields, retry=None):
         """Return the body of the answer to a form."""
-        return self.read(url, data=urllib.parse.urlencode(fields).encode("ascii"))
+        return self.read(url, {}, urllib.parse.urlencode(fields).encode("ascii"), retry)
 
     def open(self, url, headers={}):
         """Return the open response for a url that may need the token, renewed once on a 401."""
@@ -2416,7 +2432,7 @@ class Stac:
         if mission(query.collection) != "SENTINEL-5P":
             return []
         level, _, kind = query.producttype.partition("_")
-        name = "sentinel-5p-%s-%s" % (level.lower(), re.sub("_+", "-", kind.strip("_")).lower())
+        name = "sentinel-5p-%s-%s" % (level[:2].lower(), re.sub("_+", "-", kind.strip("_")).lower())
         return ["%s-%s" % (name, stream) for stream in Stac.STREAMS]
 
     @staticmethod
