@@ -67,9 +67,8 @@ import urllib.request
 import weakref
 import zipfile
 import zlib
-from itertools import chain, count, groupby
+from itertools import chain, groupby
 from math import asin, atan, atan2, ceil, cos, degrees, floor, isfinite, radians, sin, sqrt, tan
-from operator import sub
 from typing import List, NamedTuple, Tuple
 
 __version__ = "1.0"
@@ -801,6 +800,9 @@ S5P_PRODUCTTYPES = (
         "AER_OT BRO SIF CHOCHO FRESCO OCLO TCWV").split()]
     + ["AUX_CTMANA", "AUX_CTMFCT"])
 
+TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+                  r"(?:Z|([+-])(\d\d):?(\d\d))?$")
+
 UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 DIRECTORY_SUFFIXES = (".SAFE", ".SEN3", ".SEN6")
@@ -890,8 +892,7 @@ def parse_time(text):
 
     Takes 0 to 9 digits of fraction, and "Z", "+00:00", another offset or nothing at the end.
     """
-    match = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
-                     r"(?:Z|([+-])(\d\d):?(\d\d))?$", text)
+    match = TIME.match(text)
     if not match:
         raise ValueError("%r is not a time" % (text,))
     *whole, fraction, sign, hours, minutes = match.groups()
@@ -937,7 +938,8 @@ def is_directory_product(filename):
 #   place   longitude and latitude in degrees
 #   ring    the places of a polygon's outline as written, last = first; a line is an open ring
 #   x, z    a place on the map: x is the longitude on an endless axis, z the sine of the latitude
-#   walk    a ring laid on the map, a list of (x, z), each step the short way round
+#   edge    x0, z0, x1, z1: a step from one place to the next
+#   walk    a ring laid on the map: its edges, each the short way round
 #   turn    360 degrees of x; a walk that ends a turn from its start has gone round a pole
 #   copy    the same thing whole turns further along the axis
 #   seam    the meridian 180 and the poles, where catalogues cut what the sphere does not
@@ -971,8 +973,7 @@ def is_directory_product(filename):
 
 SAME = 1e-6      # degrees, 0.1 m: catalogues write six digits or more, so nearer numbers are one
 SLACK = 1e-9     # degrees, 0.1 mm: above the rounding of x + 360 (6e-14), below any digit written
-BULGE = 0.01     # degrees, 1.1 km: a fifth of the length of a pixel of S5P
-UNBENT = 8 * BULGE / radians(1)  # square degrees: D (dlat + D / 2) of an edge that bulges so much
+BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel of S5P (3.5 km)
 ROUNDING = 1e-6  # share: above the error of areas from six digits, below the share of any image
 HALF = 0.5 + ROUNDING
 
@@ -985,7 +986,7 @@ PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring 
     "MultiLineString": lambda coordinates: [coordinates],
 }
 
-Walk = List[Tuple[float, float]]
+Walk = List[Tuple[float, float, float, float]]
 
 
 class Ring(NamedTuple):
@@ -1022,7 +1023,7 @@ def box_overlap(geometry, box):
             return False, 0.0
         box = west, sine(south), east, sine(north)
         if is_line(geometry):
-            return touches(edges_of(map(walk_of, chain(*parts))), box), 0.0
+            return touches(edges_over(walks_of(chain(*parts)), west, east), box), 0.0
         return overlap(footprint_of(parts), box)
     except UNREADABLE:
         return True, None
@@ -1030,7 +1031,7 @@ def box_overlap(geometry, box):
 
 def overlap(footprint, box):
     west, south, east, north = box
-    edges = edges_of(chain(*footprint.walks))
+    edges = edges_over(chain(*footprint.walks), west, east)
     if touches(outline(edges) if footprint.rest else edges, box):
         size = (east - west) * (north - south)
         covered = footprint.base + shade(edges, box) / size if size else 1.0
@@ -1045,9 +1046,12 @@ def covered_share(geometry):
     """Return the share of the sphere that a footprint covers, 0.0 to 1.0; None where unknown."""
     try:
         parts = read_parts(geometry)
-        return 0.0 if is_line(geometry) else min(1.0, footprint_of(parts).share)
+        if is_line(geometry):
+            return 0.0
+        footprint = footprint_of(parts)
     except UNREADABLE:
         return None
+    return min(1.0, footprint.base + area(bent(chain.from_iterable(chain(*footprint.walks)))))
 
 
 # Reading: numbers as they are written.
@@ -1104,8 +1108,13 @@ def meets(low, high, west, east):
 
 # Walking: unwrap, then bend.
 
+def walks_of(part):
+    return [walk_of(ring) for ring in part]
+
+
 def walk_of(ring):
-    return bent(unwrapped(ring), ring.lats)
+    xs, zs = unwrapped(ring), list(map(sin, map(radians, ring.lats)))
+    return list(zip(xs, zs, xs[1:], zs[1:]))
 
 
 def unwrapped(ring):
@@ -1126,30 +1135,36 @@ def on_purpose(step, lat0, lat1):
     return abs(lat1 - lat0) < SAME and (abs(lat0) > 90 - SAME or abs(abs(step) - 360) < SAME)
 
 
-def bent(xs, lats):
-    """The walk along places, with more of them on edges that bulge.
+def bent(edges):
+    """The edges, where they bulge as shorter ones along their great circles."""
+    return list(chain.from_iterable(great_circle(*edge) for edge in edges))
 
-    The middle of a great circle of length L that spans D of longitude is L D sin(lat) / 8 off the
-    straight line: a sagitta, L / 8 times the angle by which it turns from the parallels, which is
-    D sin(lat). As L is at most dlat + D cos(lat), and sin cos at most 1/2, that is no more than
-    D (dlat + D / 2) / 8, and n^2 times less where the edge is cut into n.
+
+def great_circle(x0, z0, x1, z1):
+    """An edge as edges that keep to its great circle: its chord, cut up, seen from the centre.
+
+    The middle of a great circle of length L that spans D of longitude is L D sin(lat) / 8 off a
+    straight line of longitude and latitude: a sagitta, L / 8 times the angle by which it turns
+    from the parallels, D sin(lat). A straight line of x and z is off by up to as much again, to
+    the other side. In n pieces both are n^2 times less. Meridians are great circles as they are.
     """
-    walk = list(zip(xs, map(sin, map(radians, lats))))
-    steps = zip(count(1), map(abs, map(sub, xs[1:], xs)), map(abs, map(sub, lats[1:], lats)))
-    bulging = [(i, dx * (dlat + dx / 2)) for i, dx, dlat in steps
-               if dx * (dlat + dx / 2) > UNBENT and dlat > SAME]  # not along a parallel
-    for i, size in reversed(bulging):
-        walk[i:i] = great_circle(*walk[i - 1], *walk[i], ceil(sqrt(size / UNBENT)))
-    return walk
-
-
-def great_circle(x0, z0, x1, z1, pieces):
-    """Yield the places that cut a great circle into pieces: its chord, seen from the centre."""
-    radius0, radius1, angle = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1), radians(x1 - x0)
+    angle = radians(x1 - x0)
+    radii = sqrt((1 - z0 * z0) * (1 - z1 * z1))
+    length2 = 2 - 2 * (z0 * z1 + radii * cos(angle))  # of the chord, squared
+    if length2 * (x1 - x0)**2 < (4 * BULGE)**2 or z0 == z1:  # parallels belong to maps
+        return [(x0, z0, x1, z1)]
+    pieces = ceil(sqrt(sqrt(length2) * abs(x1 - x0) / 4 / BULGE))
+    radius0, radius1 = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1)
     ahead, aside, up = radius1 * cos(angle) - radius0, radius1 * sin(angle), z1 - z0
+    way = [(x0, z0)]
     for t in [i / pieces for i in range(1, pieces)]:
         a, b, c = radius0 + t * ahead, t * aside, z0 + t * up
-        yield x0 + degrees(atan2(b, a)), c / sqrt(a * a + b * b + c * c)
+        way.append((x0 + degrees(atan2(b, a)), c / sqrt(a * a + b * b + c * c)))
+    return edges_of(way + [(x1, z1)])
+
+
+def edges_of(line):
+    return [start + end for start, end in zip(line, line[1:])]
 
 
 def sine(lat):
@@ -1177,18 +1192,22 @@ def inside_left(part):
     """
     walks = [walk_of(closed(ring)) for ring in part]
     areas = [area(walk) for walk in walks]
-    walks = [walk[::-1] if (drawn < 0) != (i > 0) else walk
+    walks = [backwards(walk) if (drawn < 0) != (i > 0) else walk
              for i, (walk, drawn) in enumerate(zip(walks, areas))]
     share = abs(areas[0]) - sum(map(abs, areas[1:]))
     base = -int(share - ROUNDING)  # whole spheres too many, of orbits that pass a pole again
     footprint = Footprint([walks], base, share + base, rest=False)
-    turn = sum(walk[-1][0] - walk[0][0] for walk in walks)
+    turn = sum(walk[-1][2] - walk[0][0] for walk in walks)
     return rest_of(footprint) if footprint.share > HALF and abs(turn) > 180 else footprint
 
 
 def rest_of(footprint):
-    walks = [[walk[::-1] for walk in part] for part in footprint.walks]
+    walks = [list(map(backwards, part)) for part in footprint.walks]
     return Footprint(walks, 1 - footprint.base, 1 - footprint.share, rest=True)
+
+
+def backwards(walk):
+    return [(x1, z1, x0, z0) for x0, z0, x1, z1 in reversed(walk)]
 
 
 def closed(ring):
@@ -1199,18 +1218,26 @@ def closed(ring):
 
 def is_grid(walk):
     """Does a walk follow meridians and parallels only, as maps and bands do?"""
-    return all(x0 == x1 or z0 == z1 for (x0, z0), (x1, z1) in zip(walk, walk[1:]))
+    return all(x0 == x1 or z0 == z1 for x0, z0, x1, z1 in walk)
 
 
-def area(walk):
-    """Signed share of the sphere that the edges of a walk shade."""
-    return sum((x1 - x0) * (2 - z0 - z1) for (x0, z0), (x1, z1) in zip(walk, walk[1:])) / 1440
+def area(edges):
+    """Signed share of the sphere that edges shade."""
+    return sum([(x1 - x0) * (2 - z0 - z1) for x0, z0, x1, z1 in edges]) / 1440
 
 
-# Edges (x0, z0, x1, z1) and a box (west, south, east, north in x and z): meet, see, shade.
+# Edges and a box (west, south, east, north in x and z): meet it, see them from it, shade it.
 
-def edges_of(walks):
-    return [start + end for walk in walks for start, end in zip(walk, walk[1:])]
+def edges_over(walks, west, east):
+    """The edges over the longitudes of a box, bent: no others meet, see or shade it."""
+    west, east = west - SLACK, east + SLACK
+    edges = []
+    for walk in walks:
+        for edge in walk:
+            low, high = (edge[0], edge[2]) if edge[0] < edge[2] else (edge[2], edge[0])
+            if east + (high - west) // 360 * 360 >= low:
+                edges += great_circle(*edge)
+    return edges
 
 
 def outline(edges):
@@ -1257,16 +1284,11 @@ def count_south(edges, x, z):
 
 
 def shade(edges, box):
-    """Signed area of the box that the edges shade, over all its copies."""
+    """Signed area of the box that edges shade, over all its copies."""
     west, south, east, north = box
-    total = 0.0
-    for x0, z0, x1, z1 in edges:
-        low, high = (x0, x1) if x0 < x1 else (x1, x0)
-        if (z0 < north or z1 < north) and east + (high - west) // 360 * 360 > low:
-            for turns in turns_between(low - east, high - west):
-                total += shade_of_edge(x0, z0, x1, z1, west + 360 * turns, south,
-                                       east + 360 * turns, north)
-    return total
+    return sum(shade_of_edge(x0, z0, x1, z1, west + 360 * turns, south, east + 360 * turns, north)
+               for x0, z0, x1, z1 in edges if x0 != x1 and (z0 < north or z1 < north)
+               for turns in turns_between(min(x0, x1) - east, max(x0, x1) - west))
 
 
 def turns_between(low, high):
@@ -1306,53 +1328,55 @@ def split_geometry(geometry):
     try:
         parts = read_parts(geometry)
         if is_line(geometry):
-            return as_geojson("LineString", map(places, cut(map(walk_of, chain(*parts)))))
-        footprint = footprint_of(parts)
+            return as_geojson("LineString", [places(line) for line in cut(walks_of(chain(*parts)))])
+        return as_geojson("Polygon", [list(map(places, polygon))
+                                      for polygon in polygons_of(footprint_of(parts))])
     except UNREADABLE:
         return None
-    groups = [list(chain(*footprint.walks))] if footprint.rest else footprint.walks
-    return as_geojson("Polygon", [[places(ring) for ring in polygon] for walks in groups
-                                  for polygon in polygons_on_map(walks, footprint.rest)])
 
 
 def as_geojson(kind, members):
-    members = list(members)
     if len(members) == 1:
         return {"type": kind, "coordinates": members[0]}
     return {"type": "Multi" + kind, "coordinates": members} if members else None
 
 
-def places(walk):
+def places(line):
     """Longitudes and latitudes to 0.1 m, without the repetitions that this makes."""
-    rounded = ([round(x, 6), round(degrees(asin(clamp(z, -1, 1))), 6)] for x, z in walk)
+    rounded = ([round(x, 6), round(degrees(asin(clamp(z, -1, 1))), 6)] for x, z in line)
     return [place for place, _ in groupby(rounded)]
 
 
-def polygons_on_map(walks, rest):
-    """Lists of an exterior and its holes, from walks that have the inside to their left."""
+def polygons_of(footprint):
+    """Polygons on the map, each an exterior and its holes as lines of (x, z)."""
+    if footprint.rest:
+        return polygons_from(list(chain(*footprint.walks)), around=[[FRAME]])
+    return [polygon for walks in footprint.walks for polygon in polygons_from(walks, around=[])]
+
+
+def polygons_from(walks, around):
+    """The polygons of walks; `around` is added if none of them meets the frame."""
     pieces = cut(walks)
     whole = [piece for piece in pieces if piece[0] == piece[-1]]
     joined = joined_round_frame([piece for piece in pieces if piece[0] != piece[-1]])
-    polygons = [[ring] for ring in whole + joined if area(ring) > NOTHING]
-    if rest and not joined:
-        polygons.append([FRAME])  # the inside lies round walks that meet no seam
+    polygons = [[ring] for ring in whole + joined if area(edges_of(ring)) > NOTHING]
+    polygons += around if not joined else []
     for hole in whole:
-        if area(hole) < -NOTHING:
-            around = (polygon for polygon in polygons
-                      if count_south(edges_of(polygon[:1]), *hole[0]))
-            next(around, []).append(hole)
+        if area(edges_of(hole)) < -NOTHING:
+            homes = (home for home in polygons if count_south(edges_of(home[0]), *hole[0]))
+            next(homes, []).append(hole)
     return polygons
 
 
 def cut(walks):
-    """Pieces of walks, cut at the meridian 180 and moved to -180..180."""
+    """The lines of walks, bent, cut at the meridian 180 and moved to -180..180."""
     return list(chain.from_iterable(map(pieces_of, walks)))
 
 
 def pieces_of(walk):
     """The pieces of one walk, without what runs along 180: the frame puts that back."""
     pieces, last_turns = [], None
-    for x0, z0, x1, z1 in edges_of([with_crossings(walk)]):
+    for x0, z0, x1, z1 in chain.from_iterable(cut_at_180(*edge) for edge in bent(walk)):
         turns = None if along_180(x0, x1) else floor(((x0 + x1) / 2 + 180) / 360)
         if turns is not None:
             if turns != last_turns:
@@ -1364,15 +1388,12 @@ def pieces_of(walk):
     return pieces
 
 
-def with_crossings(walk):
-    """The walk with a place wherever it crosses 180 or a copy of it."""
-    crossed = walk[:1]
-    for (x0, z0), (x1, z1) in zip(walk, walk[1:]):
-        turns = turns_between(min(x0, x1) - 180, max(x0, x1) - 180)
-        for x in [180 + 360 * turn for turn in turns][::1 if x0 < x1 else -1]:
-            crossed.append((x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)))
-        crossed.append((x1, z1))
-    return crossed
+def cut_at_180(x0, z0, x1, z1):
+    """An edge as edges that do not cross 180 or a copy of it."""
+    turns = turns_between(min(x0, x1) - 180, max(x0, x1) - 180)
+    xs = [180 + 360 * turn for turn in turns][::1 if x0 < x1 else -1]
+    crossings = [(x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)) for x in xs]
+    return edges_of([(x0, z0)] + crossings + [(x1, z1)])
 
 
 def go_on(before, after):
@@ -1410,7 +1431,7 @@ def way_round(place):
 
 # Text: the Footprint of OData.
 
-WKT = re.compile(r"\s*(?:geography')?\s*(?:SRID=\d+;)?\s*([A-Z]+)[\sZM]*(\(.*\))\s*'?\s*", re.I | re.S)
+WKT = re.compile(r"\s*(?:geography')?(?:SRID=\d+;)?\s*([A-Z]+)[\sZM]*(\(.*\))'?\s*", re.I | re.S)
 WKT_TYPES = {  # name: its type in GeoJSON, and how deep it nests its places
     "POINT": ("Point", 1),
     "LINESTRING": ("LineString", 1),
@@ -1430,7 +1451,7 @@ def geometry_from_wkt(text):
     if not kind:
         return None
     nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", match.group(2))
-    nested = nested.translate({ord("("): "[", ord(")"): "]", ord(" "): None})
+    nested = re.sub(r"\s", "", nested).replace("(", "[").replace(")", "]")
     if not re.match(r"\[{%d}[^\[]" % (depth + 1), nested):
         return None
     try:
@@ -1486,19 +1507,32 @@ def is_loopback(host):
     return host in ("localhost", "::1") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
 
 
+def split_url(url):
+    """Return the parts of a url; those of a text that is no url are empty."""
+    try:
+        return urllib.parse.urlsplit(url)
+    except ValueError:
+        return urllib.parse.urlsplit("")
+
+
+def host_of(url):
+    return (split_url(url).hostname or "").rstrip(".")
+
+
 def may_see_token(url, trusted=()):
     """Return whether the access token may be sent to this url: the third promise, in one place."""
-    parts = urllib.parse.urlsplit(url)
-    host = (parts.hostname or "").rstrip(".")
+    host = host_of(url)
     if is_loopback(host):
         return True
-    return parts.scheme == "https" and (
+    return split_url(url).scheme == "https" and (
         host == DOMAIN or host.endswith("." + DOMAIN) or host in trusted)
 
 
 def shown(url):
     """Return the url for a message: no password, no query."""
-    parts = urllib.parse.urlsplit(url)
+    parts = split_url(url)
+    if not parts.netloc:
+        return repr(url[:200])
     return "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)
 
 
@@ -1596,7 +1630,7 @@ class Proxies(urllib.request.ProxyHandler):
     """The proxies of the environment, but never for this machine: they would see the token."""
 
     def proxy_open(self, request, proxy, kind):
-        if is_loopback(urllib.parse.urlsplit(request.full_url).hostname):
+        if is_loopback(host_of(request.full_url)):
             return None
         return super().proxy_open(request, proxy, kind)
 
@@ -1617,16 +1651,16 @@ class Http:
         for handler in (Proxies(), urllib.request.UnknownHandler(), self.connections):
             self.opener.add_handler(handler)
 
-    def send(self, url, headers, data, timeout=None):
+    def send(self, url, headers, data):
         """Return the response of a single exchange, whatever its status."""
-        request = urllib.request.Request(url, data, dict(
-            headers, **{"User-Agent": "cso_dataspace/" + __version__}))
+        headers = dict(headers, **{"User-Agent": "cso_dataspace/" + __version__})
         try:
-            return self.opener.open(request, timeout=timeout or self.timeout)
+            request = urllib.request.Request(url, data, headers)
+            return self.opener.open(request, timeout=self.timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise connection_error(url, error) from error
 
-    def open(self, url, headers={}, data=None, token=None, timeout=None):
+    def open(self, url, headers={}, data=None, token=None):
         """Return the open response of status 200 or 206; the caller closes it.
 
         The token goes along only where may_see_token allows, at every redirect anew.
@@ -1635,14 +1669,18 @@ class Http:
         for _ in range(MAX_REDIRECTS + 1):
             allowed = token and may_see_token(url, self.trusted)
             bearer = {"Authorization": "Bearer " + token} if allowed else {}
-            response = self.send(url, dict(headers, **bearer), data, timeout)
+            response = self.send(url, dict(headers, **bearer), data)
             if response.status in (200, 206):
                 return response
             target = response.headers.get("Location")
             if response.status not in REDIRECTS or not target or data is not None:
                 raise status_error(url, response)
             response.close()
-            url = urllib.parse.urljoin(url, target)
+            try:
+                url = urllib.parse.urljoin(url, target)
+            except ValueError:
+                raise HttpError("%s: redirected to %r, which is no url" % (
+                    shown(url), target[:200]), url, response.status) from None
         raise HttpError("%s: more than %d redirects, the last to %s; the service is at fault, or "
                         "the url is wrong" % (shown(start), MAX_REDIRECTS, shown(url)), url)
 
@@ -1650,7 +1688,7 @@ class Http:
 def connection_error(url, error):
     """Return the HttpError for an exchange that brought no answer."""
     reason = getattr(error, "reason", error)
-    host = urllib.parse.urlsplit(url).hostname
+    host = host_of(url)
     temporary, advice = True, ""
     if "CERTIFICATE_VERIFY_FAILED" in str(reason) or isinstance(reason, ssl.CertificateError):
         temporary, advice = False, ("; the certificate of %s is not trusted here: where a proxy "
@@ -1658,7 +1696,8 @@ def connection_error(url, error):
                                     % host)
     elif isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
         temporary, advice = False, "; is the name %r right, and this machine on the network?" % host
-    elif isinstance(error, (ValueError, http.client.InvalidURL)) or "unknown url" in str(reason):
+    elif isinstance(error, (ValueError, http.client.InvalidURL)) or re.match(
+            "unknown url|no host", str(reason)):
         temporary, advice = False, "; an http or https url was expected"
     elif "Tunnel connection failed: 407" in str(reason):
         temporary, advice = False, "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
@@ -1887,6 +1926,8 @@ class TokenCache:
             return True
         except FileExistsError:
             return False
+        except OSError as error:
+            raise file_error(self.claim, error) from error
 
     def login_done(self):
         try:
@@ -1935,7 +1976,7 @@ class Token:
         self.clock, self.now, self.sleep = clock, now, sleep
         self.lock = threading.Lock()
         self.credentials = self.cache = self.grant = self.refused = None
-        self.proven = False     # whether the service took the present token at least once
+        self.doubted = False    # whether the service refused a token and has taken none since
 
     def get(self, host=""):
         """Return an access token, new where needed; raise LoginError or HttpError."""
@@ -1949,7 +1990,7 @@ class Token:
 
     def prepare(self, host):
         if self.credentials is None:
-            if not may_see_token(self.url, [urllib.parse.urlsplit(self.url).hostname]):
+            if not may_see_token(self.url, [host_of(self.url)]):
                 raise LoginError("%s: the password must not go over http; an https token_url was "
                                  "expected" % shown(self.url))
             self.credentials = find_credentials(host, self.environ)
@@ -1961,27 +2002,27 @@ class Token:
         # Renewed a minute early, so that no request starts with a token about to end.
         return grant is not None and grant.expires - self.clock() > min(60, grant.seconds / 4)
 
-    def accept(self, token):
-        """Take note that the service took this token."""
-        self.proven = self.proven or (self.grant is not None and token == self.grant.access)
+    def accept(self):
+        """Take note that the service took a token."""
+        self.doubted = False
 
     def reject(self, token, error):
         """Take note that the service refused this token; the next get() brings another.
 
-        A new token that is refused as well, before it was ever taken, is a refused login.
+        Two tokens refused with none taken in between are a refused login.
         """
         with self.lock:
             if self.grant is None or token != self.grant.access:
                 return          # another thread has renewed it already
-            if not self.proven:
+            if self.doubted:
                 self.refused = LoginError("token of %s: refused though it is new: %s" % (
                     self.credentials.username, error))
                 raise self.refused from error
-            self.grant = self.grant._replace(expires=-math.inf)
+            self.doubted, self.grant = True, self.grant._replace(expires=-math.inf)
 
     def renew(self):
         if self.cache is None:
-            self.grant, self.proven = self.ask(), False
+            self.grant = self.ask()
             return
         stale = self.grant.access if self.grant else None
         grant = self.shared(stale)
@@ -1995,7 +2036,7 @@ class Token:
                 self.cache.write(grant, self.clock)
             finally:
                 self.cache.login_done()
-        self.grant, self.proven = grant, False
+        self.grant = grant
 
     def shared(self, stale):
         """Return a token that another process left, unless it is the one just refused."""
@@ -2046,7 +2087,7 @@ class Token:
             return
         try:
             self.post(re.sub(r"/token$", "/logout", self.url),
-                      {"client_id": "cdse-public", "refresh_token": grant.refresh}, Retry(1))
+                      {"client_id": "cdse-public", "refresh_token": grant.refresh})
         except DataSpaceError as error:
             log.debug("logout: %s", error)
 
@@ -2113,7 +2154,7 @@ class Session:
         def read():
             with self.http.open(url, headers, data) as response:
                 return b"".join(chunks(response, url, self.timeout, self.clock))
-        return self.retrying(urllib.parse.urlsplit(url).hostname or url, read, retry)
+        return self.retrying(host_of(url), read, retry)
 
     def read_json(self, request, retry=None):
         """Return the decoded JSON object of a catalogue's answer; anything else is temporary."""
@@ -2127,25 +2168,23 @@ class Session:
             data = json.dumps(request.body).encode("utf-8")
         return self.retrying("catalogue", read, retry)
 
-    def post(self, url, fields, retry=None):
-        """Return the body of the answer to a form."""
-        return self.read(url, {}, urllib.parse.urlencode(fields).encode("ascii"), retry)
+    def post(self, url, fields):
+        """Return the body of the answer to a form, sent once: whoever needs the token tries again."""
+        return self.read(url, {}, urllib.parse.urlencode(fields).encode("ascii"), Retry(1))
 
     def open(self, url, headers={}):
         """Return the open response for a url that may need the token, renewed once on a 401."""
         if not may_see_token(url, self.trusted):
             return self.http.open(url, headers)
-        host = urllib.parse.urlsplit(url).hostname
-        token = self.token.get(host)
+        token = self.token.get(host_of(url))
         try:
             response = self.http.open(url, headers, token=token)
         except HttpError as error:
             if error.status != 401:
                 raise
             self.token.reject(token, error)
-            token = self.token.get(host)
-            response = self.http.open(url, headers, token=token)
-        self.token.accept(token)
+            response = self.http.open(url, headers, token=self.token.get(host_of(url)))
+        self.token.accept()
         return response
 
 
@@ -2279,13 +2318,14 @@ def next_in_walk(products, announced, query, request, page_size):
     Where a page holds one start time only, it is passed by skip.  A page that announces nothing
     more is believed only when asking again from its last start time brings nothing later.
     """
-    if not products:
-        if announced:
-            raise CatalogueError("%s: an empty page that announces more; the list can't be "
-                                 "completed, try again later" % shown(request.url))
+    begun = request.skip or request.since > query.start - longest_product(query)
+    if not products and not announced and (request.skip or not begun):
         return None
-    last = max(product.start for product in products)
+    last = max((product.start for product in products), default=datetime.datetime.min)
     last -= datetime.timedelta(microseconds=last.microsecond % 1000)
+    if last < request.since:
+        raise CatalogueError("%s: the page does not hold what it was asked for; the list can't be "
+                             "completed, try again later" % shown(request.url))
     if last > request.since:
         return last, 0
     if not announced and len(products) < page_size:
@@ -2309,7 +2349,7 @@ class OData:
         select = ["Id", "Name", "ContentLength", "ContentDate", "PublicationDate", "Checksum"]
         select += ["GeoFootprint"] if query.footprints else []
         fields = {"$filter": OData.condition(query, since), "$orderby": "ContentDate/Start asc",
-                  "$top": PAGE["odata"]}
+                  "$top": OData.page_size(query)}
         if skip:
             fields["$skip"] = skip
         if mission(query.collection) == "SENTINEL-5P":
@@ -2317,6 +2357,11 @@ class OData:
         else:
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
         return Request(url_with(query.url + "/Products", **fields), None, since, skip)
+
+    @staticmethod
+    def page_size(query):
+        """Return the products of a page: fewer where each brings a footprint of 300 points."""
+        return max(1, PAGE["odata"] // (2 if query.footprints else 1))
 
     @staticmethod
     def condition(query, since):
@@ -2341,7 +2386,8 @@ class OData:
         if not isinstance(values, list):
             raise CatalogueError("%s: an answer without a list of products" % shown(request.url))
         products = [OData.product(value) for value in values]
-        place = next_in_walk(products, "@odata.nextLink" in page, query, request, PAGE["odata"])
+        place = next_in_walk(products, "@odata.nextLink" in page, query, request,
+                             OData.page_size(query))
         return products, OData.request(query, *place) if place else None
 
     @staticmethod
@@ -2482,8 +2528,7 @@ class Stac:
         wanted = Stac.names(query)
         prefix = mission(query.collection).lower() + "-"
         found = [one["id"] for one in collections if one["id"] in wanted or (
-            not wanted and one["id"].startswith(prefix) and query.producttype in (
-                (one.get("summaries") or {}).get("product:type") or [query.producttype]))]
+            not wanted and one["id"].startswith(prefix) and may_hold(one, query.producttype))]
         if not found:
             raise CatalogueError(
                 "%s: no collection for %s %s; this service holds only the types that its "
@@ -2510,9 +2555,9 @@ class Stac:
         """
         told, assets = item["properties"], item.get("assets") or {}
         asset = next((assets[key] for key in assets if key.lower() in ("netcdf", "product")), {})
-        path = asset.get("file:local_path") or asset.get("href") or item["id"]
-        href = (((asset.get("alternate") or {}).get("https") or {}).get("href") or
-                asset.get("href") or "")
+        s3, https = asset.get("href") or "", (asset.get("alternate") or {}).get("https") or {}
+        href = https.get("href") or s3
+        path = asset.get("file:local_path") or (s3 if s3.startswith("s3:") else item["id"])
         filename = re.sub(r"\.zip$", "", path.rstrip("/").rpartition("/")[2])
         checksum = asset.get("file:checksum") or ""
         if not href_id(href):
@@ -2526,6 +2571,12 @@ class Stac:
             # multihash of MD5: varint code 0xd5 0x01, length 16
             md5_text(checksum[6:] if checksum.startswith("d50110") else ""),
             told.get("published") or "", item.get("geometry"))
+
+
+def may_hold(collection, producttype):
+    """Return whether a STAC collection may hold a product type, as far as it says."""
+    types = (collection.get("summaries") or {}).get("product:type")
+    return not producttype or not types or producttype in types
 
 
 ADAPTERS = {"odata": OData, "opensearch": OpenSearch, "stac": Stac}
@@ -2556,7 +2607,7 @@ def md5_of(checksums):
 
 def api_of(url):
     """Return which service a base url is, told from its path or host; raise ValueError."""
-    parts = urllib.parse.urlsplit(url)
+    parts = split_url(url)
     for api, sign in (("opensearch", "/resto"), ("odata", "/odata"), ("stac", "stac"),
                       ("stac", "/v1")):
         if sign in (parts.hostname or "") + parts.path:
@@ -2592,7 +2643,7 @@ def search(query, session):
             return
         # In a walk one page in a row may bring nothing new: the start time it begins with.
         barren = 0 if fresh else barren + 1
-        if barren > 1:
+        if barren > (0 if products and query.api == "stac" else 1):
             raise CatalogueError("%s: page after page brings nothing new while more is announced; "
                                  "the list can't be completed, try again later"
                                  % shown(request.url))
@@ -2619,8 +2670,8 @@ def turn_page(query, request, session, retry=None):
 
 def fallback(query):
     """Return the OData base beside a retired OpenSearch base of the Data Space, else None."""
-    parts = urllib.parse.urlsplit(query.url)
-    if (parts.hostname or "").endswith("." + DOMAIN):
+    parts = split_url(query.url)
+    if host_of(query.url).endswith("." + DOMAIN):
         return "%s://%s/odata/v1" % (parts.scheme, parts.netloc)
     return None
 
@@ -2729,7 +2780,7 @@ def checked_row(header, fields):
                 if name in Row._fields)
     row = Row(**told)
     safe_name(row.filename)
-    if not re.match(r"(https?|s3)://[\x21-\x7e]+$", row.href):
+    if not re.match(r"(https?|s3)://[\x21-\x7e]+$", row.href) or not host_of(row.href):
         raise ValueError("%r is no href; expected https://... or s3://..." % row.href[:200])
     if not re.match(r"\d*$", row.size):
         raise ValueError("%r is no size in bytes" % row.size[:40])
@@ -2813,7 +2864,11 @@ class Outcome(NamedTuple):
 
 
 class Busy(DataSpaceError):
-    """Another process is fetching this file."""
+    """Another process is fetching the file of `task`."""
+
+    def __init__(self, task):
+        super().__init__("%s: another process is fetching it" % task.path)
+        self.task = task
 
 
 def new_md5():
@@ -3034,7 +3089,11 @@ def range_headers(task, part):
 
 def store(response, body, task, part, on_bytes, session):
     """Write a body into the part where it belongs."""
-    first = next(body, b"")
+    first = b""
+    for data in body:           # a slow line brings a few bytes at a time
+        first += data
+        if len(first) >= 512:
+            break
     etag = response.headers.get("ETag", "")
     if response.status == 206:
         begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
@@ -3156,7 +3215,7 @@ def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None, pa
             return Outcome(name, "present")
         part = claim(task)
         if part is None and not patient:
-            raise Busy("%s: another process is fetching it" % task.path)
+            raise Busy(task)
         if part is None:
             session.sleep(POLL * (1 + random.random()))
     if is_present(task):                # put there since, by another process
@@ -3227,7 +3286,7 @@ def described(task, session, retry=None):
 
 def catalogue_of(href):
     """Return the OData base that describes a download url: the catalogue's for the Data Space."""
-    host = urllib.parse.urlsplit(href).hostname or ""
+    host = host_of(href)
     if href.startswith("s3:") or host == DOMAIN or host.endswith("." + DOMAIN):
         return CATALOGUE_URL + "/odata/v1"
     return href.partition("/Products(")[0]
@@ -3292,28 +3351,12 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
     check_space(tasks)
     waiting, done = collections.deque(tasks), queue.Queue()
 
-    def work():
-        while waiting:
-            try:
-                task = waiting.popleft()
-            except IndexError:
-                return                          # another thread took the last one
-            try:
-                patient = len(waiting) < session.connections
-                done.put(fetch(task, session, None, dmode, on_bytes, patient))
-            except Busy:
-                waiting.append(task)
-            except (Stopped, LoginError) as error:
-                done.put(error)
-            except DataSpaceError as error:
-                done.put(error if getattr(error, "full", False) else
-                         Outcome(os.path.basename(task.path), "failed", message=str(error)))
-            except Exception as error:          # a fault of this file must not hang the run
-                done.put(error)
+    def job(task):
+        return fetch(task, session, None, dmode, on_bytes, len(waiting) < session.connections)
 
     # Daemon threads: one that hangs in a system call does not keep the program from ending.
     for _ in range(min(session.connections, len(tasks))):
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, args=(waiting, done, job, session), daemon=True).start()
     try:
         for _ in tasks:
             yield next_outcome(done, idle)
@@ -3321,6 +3364,28 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
         waiting.clear()
         session.stop()
         raise
+
+
+def work(waiting, done, job, session):
+    """Put the outcome of each waiting task into `done`; an error that ends the run, as itself."""
+    while True:
+        try:
+            task = waiting.popleft()
+        except IndexError:
+            return
+        try:
+            try:
+                done.put(job(task))
+            except Busy as busy:
+                waiting.append(busy.task)
+                session.sleep(POLL / 10)
+        except Exception as error:              # even a fault of this file must not hang the run
+            if isinstance(error, (Stopped, LoginError)) or getattr(error, "full", False) or (
+                    not isinstance(error, DataSpaceError)):
+                waiting.clear()
+                done.put(error)
+            else:
+                done.put(Outcome(os.path.basename(task.path), "failed", message=str(error)))
 
 
 def next_outcome(done, idle):
@@ -3425,10 +3490,11 @@ def known_collection(options):
     """Return the collection in the catalogue's spelling; both spellings are taken."""
     collection = options.get("collection")
     name = mission(collection)
-    near = difflib.get_close_matches(name, MISSIONS.values(), 1, 0.8)
+    near = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
     if near and name != near[0] or not re.match(r"[\w.-]+$", name):
         raise options.wrong("collection", "%r is unknown; expected %s" % (
-            collection, near[0] if near else "a name such as Sentinel5P"))
+            collection, near[0].replace("SENTINEL-", "Sentinel") if near else
+            "a name such as Sentinel5P"))
     return name
 
 
@@ -3531,6 +3597,9 @@ def selected(rows, options):
         except ValueError as error:
             raise options.wrong("selection", "%s; columns are %s, written %%{orbit}" % (
                 error, " ".join(Row._fields))) from None
+        if not isinstance(keep, bool):
+            raise options.wrong("selection", "%r is a value, not a condition; note that != is "
+                                "written \\!= in a settings file" % (keep,))
         if keep:
             tally.kept += 1
             yield row, geometry
@@ -3622,7 +3691,7 @@ def inquire(settings, rcbase="", session=None, today=None):
     now by default, fills in the %Y-%m-%d of output.file.
     """
     options = Options(settings, rcbase)
-    today = today or datetime.datetime.utcfromtimestamp(time.time())
+    today = today or datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
     path = expand_time(options.get("output.file"), today)
     geojson = expand_time(options.get("output.geojson", default=""), today)
     columns = table_columns(options)
@@ -3778,7 +3847,7 @@ class CSO_DataSpace_Downloader:
     def CreateToken(self, href, indent=''):
         """Get an access token for the host of a download url now; raise LoginError or HttpError."""
         log.info("%saccess token for %s", indent, shown(href))
-        self.session.token.get(urllib.parse.urlsplit(href).hostname)
+        self.session.retrying("token", lambda: self.session.token.get(host_of(href)))
 
     def DownloadFile(self, href, output_file, maxtry=10, nsec_wait=5, nsec_wait_max=600,
                      dmode=None, indent=''):
@@ -4102,12 +4171,11 @@ def check_python():
 
 
 def check_proxy(url):
-    parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
+    proxy = urllib.request.getproxies().get(split_url(url).scheme)
     if not proxy:
         return "ok: none set"
-    if urllib.request.proxy_bypass(parts.hostname):
-        return "ok: %s, but not for %s (NO_PROXY)" % (shown(proxy), parts.hostname)
+    if urllib.request.proxy_bypass(host_of(url)):
+        return "ok: %s, but not for %s (NO_PROXY)" % (shown(proxy), host_of(url))
     return "ok: %s" % shown(proxy)
 
 

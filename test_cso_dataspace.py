@@ -10,25 +10,33 @@ import bisect
 import collections
 import collections.abc
 import contextlib
+import csv
 import datetime
 import email.utils
+import errno
 import functools
 import hashlib
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
+import logging      # NEW IMPORT for the single file
 import math
 import operator
 import os
+import pickle
+import platform
 import re
 import select
 import shlex
 import shutil
+import signal
 import socket
 import socketserver
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -2638,6 +2646,2664 @@ class StandInTest(unittest.TestCase):
             self.assertEqual((proxy.connections, set(proxy.hosts)), (2, {'catalogue.example.eu'}))
 
 
+# ---------------------------------------------------------------------------------------
+# Names, catalogues, tables
+# ---------------------------------------------------------------------------------------
+
+NO2 = 'S5P_OFFL_L2__NO2____20250311T115807_20250311T133937_38393_03_020800_20250313T042301.nc'
+ZIPPER = 'https://zipper.dataspace.copernicus.eu/odata/v1/Products(%s)/$value'
+DOWNLOAD = 'https://download.dataspace.copernicus.eu/odata/v1/Products(%s)/$value'
+UUID = 'b3f240e6-505d-4cae-97ea-43a8778a318d'
+CATALOGUE = 'catalogue.dataspace.copernicus.eu'
+HEADER = 'orbit;start_time;end_time;processing;collection;processor_version;filename;href\n'
+APIS = 'odata', 'opensearch', 'stac'
+EUROPE = typed_geometry('Polygon', '-40,20 40,20 40,80 -40,80 -40,20'.split())
+
+
+@fault('told')
+def fault_told(space, request, respond, detail):
+    """The answer that the test tells: `body`, bytes or what becomes JSON, with `status`."""
+    body, status = detail['body'], detail.get('status', 200)
+    return Answer(body, status) if isinstance(body, bytes) else json_answer(body, status)
+
+
+@fault('no-link')
+def fault_no_link(space, request, respond, detail):
+    """The page does not say that more follows."""
+    page = json.loads(respond().body.decode())
+    page.pop('@odata.nextLink', None)
+    page.get('properties', {}).pop('links', None)
+    return json_answer(page)
+
+
+def s5p(name, start=None, end=None, id=None, geometry=EUROPE):
+    """The record of a Sentinel-5P name; measured from start to end, else as the name says."""
+    def time(compact):
+        return '%s-%s-%sT%s:%s:%sZ' % (compact[:4], compact[4:6], compact[6:8], compact[9:11],
+                                       compact[11:13], compact[13:15])
+    id = id or re.sub('(.{8})(.{4})(.{4})(.{4})(.{12})', r'\1-\2-\3-\4-\5',
+                      MD5(name.encode()).hexdigest())
+    return Record(id, name, 'SENTINEL-5P', name[9:19], as_time(start or time(name[20:35])),
+                  as_time(end or time(name[36:51])), as_time('2022-12-01'), 1000,
+                  int(name[52:57]), geometry=geometry)
+
+
+CH4 = s5p('S5P_RPRO_L2__CH4____20200101T023416_20200101T041546_11488_03_020400_20221120T003820.nc',
+          '2020-01-01T03:41:12Z', '2020-01-01T03:54:30Z', UUID)
+CH4_ROW = ('11488;2020-01-01 02:34:16;2020-01-01 04:15:46;RPRO;03;020400;%s;%s\n'
+           % (CH4.name, ZIPPER % UUID))
+
+
+def copies(count):
+    """Records of so many products that start at the same time."""
+    one = made_products(1, checksum='')[0]
+    return [one._replace(id='%08x%s' % (number, one.id[8:])) for number in range(count)]
+
+
+def odata_entry(**changes):
+    """A product as OData writes it, with changes; a field changed to KeyError is left out."""
+    return changed(changes, Id=UUID, Name=NO2, ContentLength=622854144, Checksum=[],
+                   PublicationDate='2025-03-13T05:00:00.000000Z', GeoFootprint=None, ContentDate={
+                       'Start': '2025-03-11T12:19:40.000000Z', 'End': '2025-03-11T13:18:05.000000Z'})
+
+
+def resto_entry(**changes):
+    """A product as OpenSearch writes it, with changes of its properties, or of `geometry`."""
+    geometry = changes.pop('geometry', None)
+    return {'type': 'Feature', 'id': UUID, 'geometry': geometry, 'properties': changed(
+        changes, title=NO2, productType='L2__NO2___', orbitNumber=38393, timeliness=None,
+        startDate='2025-03-11T12:19:40Z', completionDate='2025-03-11T13:18:05Z',
+        published='2025-03-13T05:00:00Z', services={'download': {
+            'url': 'https://%s/download/%s' % (CATALOGUE, UUID),
+            'mimeType': 'application/octet-stream', 'size': 622854144}})}
+
+
+def stac_entry(id=NO2[:-3], key='netcdf', asset={}, **changes):
+    """A product as STAC writes it, with changes of its properties and of its asset."""
+    return {'type': 'Feature', 'id': id, 'geometry': None, 'properties': changed(
+        changes, datetime='2025-03-11T12:19:40Z', start_datetime='2025-03-11T12:19:40Z',
+        end_datetime='2025-03-11T13:18:05Z', published='2025-03-13T05:00:00Z',
+        **{'sat:absolute_orbit': 38393, 'product:type': 'L2__NO2___'}), 'assets': {
+            'thumbnail': {'href': 's3://eodata/thumbnail.png'}, key: changed(asset, **{
+                'href': 's3://eodata/Sentinel-5P/TROPOMI/L2__NO2___/2025/03/11/' + NO2,
+                'file:local_path': NO2, 'file:size': 622854144, 'file:checksum': 'd50110' + 32 * 'a',
+                'alternate': {'https': {'href': (ZIPPER % UUID).replace(
+                    '$', 'Nodes(%s)/$' % NO2)}}})}}
+
+
+def changed(changes, **entry):
+    entry.update(changes)
+    return {name: value for name, value in entry.items() if value is not KeyError}
+
+
+PAGES = {'odata': lambda entry: {'value': [entry]},
+         'opensearch': lambda entry: {'type': 'FeatureCollection', 'features': [entry]},
+         'stac': lambda entry: {'type': 'FeatureCollection', 'features': [entry]}}
+
+
+class CatalogueCase(Case):
+    """Inquiries of the stand-in."""
+
+    def setUp(self):
+        super().setUp()
+        quiet = logging.NullHandler()
+        cso.log.addHandler(quiet)
+        self.addCleanup(cso.log.removeHandler, quiet)
+
+    def rc(self, space=None, settings={}, api='odata'):
+        """Write my.rc, an inquiry of all NO2 of 2015 to 2024 with other settings; its path."""
+        values = {'timerange.start': '2015-01-01', 'timerange.end': '2025-01-01',
+                  'collection': 'Sentinel5P', 'producttype': 'L2__NO2___',
+                  'output.file': self.path('table.csv'), 'url': getattr(space, api, '')}
+        values.update(settings)
+        return self.write('my.rc', ''.join('my.%s : %s\n' % (name, value)
+                                           for name, value in values.items() if value is not None))
+
+    def inquire(self, space, settings={}, api='odata', **session):
+        """Return the rows of an inquiry, which writes table.csv."""
+        settings = cso.read_settings(self.rc(space, settings, api))
+        return cso.inquire(settings, 'my', self.session(space, **session))
+
+    def names(self, space, settings={}, api='odata'):
+        return [row.filename for row in self.inquire(space, settings, api)]
+
+    def table(self, space, settings={}, api='odata', **session):
+        """Return the bytes of the table of an inquiry."""
+        self.inquire(space, settings, api, **session)
+        return self.read('table.csv')
+
+    def tables(self, space, settings={}):
+        """Return the one table that all three services give."""
+        found = [self.table(space, settings, api) for api in APIS]
+        self.assertEqual(found[0], found[1], 'OpenSearch')
+        self.assertEqual(found[0], found[2], 'STAC')
+        return found[0].decode()
+
+    def small_pages(self, size=10):
+        self.use(mock.patch.dict(cso.PAGE, dict.fromkeys(cso.PAGE, size)))
+
+    def logged(self, level='INFO'):
+        """The records of the log within a with block."""
+        return self.assertLogs('cso_dataspace', level)
+
+    def tell(self, space, api, body, status=200):
+        """From now on let a service give this answer."""
+        space.faults.clear()
+        space.faults.add('told', api, None, body=body, status=status)
+
+    def search(self, space, api):
+        query = cso.Query(getattr(space, api), 'Sentinel5P', 'L2__NO2___',
+                          datetime.datetime(2025, 3, 11), datetime.datetime(2025, 3, 12))
+        return list(cso.search(query, self.session(space)))
+
+
+class NamesTest(Case):
+    """File names, times, boxes and urls, as they are written and as they are meant."""
+
+    def test_columns_of_names(self):
+        for name, expected in (
+                (NO2, 'OFFL L2__NO2___ 38393 03 020800 20250311T115807 20250311T133937'),
+                (NO2[:-3], 'OFFL L2__NO2___ 38393 03 020800 20250311T115807 20250311T133937'),
+                (CH4.name, 'RPRO L2__CH4___ 11488 03 020400 20200101T023416 20200101T041546'),
+                ('S5P_RPRO_L1B_RA_BD1_20180430T001950_20180430T020120_02818_01_010000_'
+                 '20220630T164539.nc', 'RPRO L1B_RA_BD1 02818 01 010000 20180430T001950 '
+                                       '20180430T020120'),
+                ('S5P_PAL__L2B_SIF____20180430T001950_20180430T020120_02818_01_010000_'
+                 '20220630T164539.nc', 'PAL_ L2B_SIF___ 02818 01 010000 20180430T001950 '
+                                       '20180430T020120'),
+                ('S5P_NRTI_L2__O3_TCL_20240917T000000_20240918T000000_00000_03_000000_'
+                 '20240919T000001.nc', 'NRTI L2__O3_TCL 00000 03 000000 20240917T000000 '
+                                       '20240918T000000'),
+                ('S5P_OPER_AUX_CTMANA_20231024T000000_20231025T000000_20231101T133927.nc',
+                 'OPER AUX_CTMANA - - - 20231024T000000 20231025T000000'),
+                ('S2A_MSIL1C_20150904T105046_N0500_R051_T31VED_20231009T083312.SAFE',
+                 '- - - 0500 - - -'),
+                ('S3A_OL_1_EFR____20160501T023419_20160501T023719_20180207T115325_0179_003_317_2700'
+                 '_LR2_R_NT_002.SEN3', '- - - 002 - - -'),
+                ('S6A_P4_2__LR______20240225T015518_20240225T025131_20240226T073654_3373_121_117_'
+                 '058_EUM__OPE_ST_F08.SEN6', '- - - F08 - - -'),
+                ('S1A_IW_GRDH_1SSV_20151025T011820_20151025T011832_008302_00BB48_21CF.SAFE',
+                 '- - - - - - -'),
+                ('', '- - - - - - -'), ('x' + NO2, '- - - - - - -')):
+            with self.subTest(name):
+                told = cso.parse_name(name)
+                self.assertEqual(' '.join(told.get(column, '-') for column in (
+                    'processing producttype orbit collection processor_version start end'
+                    ).split()), expected)
+
+    def test_times(self):
+        for text, expected in (
+                ('2024-06-04T11:01:00Z', '2024-06-04 11:01:00'),
+                ('2024-06-04T11:01:00', '2024-06-04 11:01:00'),
+                ('2024-06-04T11:01:00.5Z', '2024-06-04 11:01:00.500000'),
+                ('2024-06-04T11:01:00.494Z', '2024-06-04 11:01:00.494000'),
+                ('2024-06-04T11:01:00.494767Z', '2024-06-04 11:01:00.494767'),
+                ('2024-06-04T11:01:00.494767123Z', '2024-06-04 11:01:00.494767'),
+                ('2024-06-04T11:01:00.999999999Z', '2024-06-04 11:01:00.999999'),
+                ('2024-06-04T11:01:00.494767+00:00', '2024-06-04 11:01:00.494767'),
+                ('2024-06-04T01:01:00+02:00', '2024-06-03 23:01:00'),
+                ('2024-06-04T23:01:00-0330', '2024-06-05 02:31:00'),
+                ('2024-06-04', None), ('2024-06-04T24:01:00Z', None), ('', None),
+                ('2024-06-04T11:01:00.1234567890Z', None), ('2024-06-04T11:01:00 CEST', None)):
+            with self.subTest(text):
+                if expected:
+                    self.assertEqual(str(cso.parse_time(text)), expected)
+                else:
+                    self.assertRaises(ValueError, cso.parse_time, text)
+
+    def test_boxes(self):
+        for text, expected in (
+                ('-30,30,35,76', (-30, 30, 35, 76)), (' -30.5 , 30 ,35, 7.6e1', (-30.5, 30, 35, 76)),
+                ('170,-10,-170,10', (170, -10, -170, 10)), ('-180,-90,180,90', (-180, -90, 180, 90)),
+                ('0,0,360,1', (0, 0, 360, 1)), ('', None), ('  ', None)):
+            with self.subTest(text):
+                self.assertEqual(cso.Box.from_text(text), expected)
+        for text in ('-30,76,35,30', '30,-30,76,135', '1,2,3', '1,2,3,4,5', 'a,b,c,d', '-30 30 35 76',
+                     '0,0,1,nan', 'nan,0,1,1', '0,0,inf,1', '-361,0,0,1', '-200,0,200,1', ',,,'):
+            with self.subTest(text), self.assertRaises(ValueError):
+                cso.Box.from_text(text)
+
+    def test_plain_names(self):
+        for name in (NO2, 'a.nc', 'S6A_x.SEN6', 'a..b', 'Königsberg.nc', 'console.nc'):
+            with self.subTest(name):
+                self.assertEqual(cso.safe_name(name), name)
+        for name in ('', '.', '..', '...', '../a.nc', '/etc/passwd', 'a/b.nc', 'a\\b.nc', 'C:a.nc',
+                     'a\nb.nc', 'a\0b.nc', 'a\x7fb', 'NUL', 'con.nc', 'a.nc:stream', ' .. '):
+            with self.subTest(repr(name)), self.assertRaises(ValueError):
+                cso.safe_name(name)
+
+    def test_old_hrefs_are_mended(self):
+        creodias = 'https://zipper.creodias.eu/odata/v1/Products(%s)/$value' % UUID
+        for href, expected in (
+                (DOWNLOAD % UUID, DOWNLOAD % UUID),
+                (ZIPPER % UUID, DOWNLOAD % UUID),
+                (ZIPPER % ("'%s'" % UUID), DOWNLOAD % UUID),
+                (DOWNLOAD % ('"%s"' % UUID), DOWNLOAD % UUID),
+                ((ZIPPER % UUID).replace('https', 'http'), DOWNLOAD % UUID),
+                (' %s\n' % (ZIPPER % UUID), DOWNLOAD % UUID),
+                ('https://%s/odata/v1/Products(\'%s\')/$value' % (CATALOGUE, UUID),
+                 'https://%s/odata/v1/Products(%s)/$value' % (CATALOGUE, UUID)),
+                (creodias, creodias),
+                ('https://zipper.dataspace.copernicus.eu.evil.net/a',
+                 'https://zipper.dataspace.copernicus.eu.evil.net/a'),
+                ('s3://eodata/Sentinel-5P/' + NO2, 's3://eodata/Sentinel-5P/' + NO2)):
+            with self.subTest(href):
+                self.assertEqual(cso.mend_href(href), expected)
+
+
+class CatalogueTest(CatalogueCase):
+    """Three services, one Product: the same query gives the same table."""
+
+    def test_whole_recorded_set(self):
+        kinds = sorted({(record.collection, record.producttype) for record in RECORDS})
+        self.assertGreater(len(kinds), 30)
+        missing = []
+        with DataSpace() as space:
+            for collection, producttype in kinds:
+                with self.subTest(producttype):
+                    settings = {'collection': collection, 'producttype': producttype}
+                    wanted = sorted(record.name for record in RECORDS
+                                    if record.producttype == producttype)
+                    for api in APIS:
+                        if api == 'stac' and producttype.startswith(('L1B_IR', 'AUX_')):
+                            with self.assertRaisesRegex(cso.CatalogueError, 'no collection for .*'
+                                                        + producttype):
+                                self.inquire(space, settings, api)
+                            missing.append(producttype)
+                        else:
+                            self.assertEqual(sorted(self.names(space, settings, api)), wanted, api)
+                    if producttype not in missing:
+                        self.tables(space, settings)
+        self.assertEqual(missing, ['AUX_CTMANA', 'L1B_IR_SIR', 'L1B_IR_UVN'])
+
+    def test_areas_periods_and_small_pages(self):
+        self.small_pages(7)
+        with DataSpace(list(made_products(45, points=41, checksum=''))) as space:
+            whole = {'timerange.start': '2018-07-01', 'timerange.end': '2018-07-05'}
+            counts = set()
+            for area, method in (('', 'POST'), ('-30,30,35,76', 'GET'), ('-30,30,35,76', 'POST'),
+                                 ('170,-50,-170,50', 'GET'), ('-180,-90,180,90', 'GET'),
+                                 ('0,-89,40,-80', 'GET'), ('100,-10,101,-9', 'GET')):
+                with self.subTest(area, method=method):
+                    alone = self.table(space, dict(whole, area=area))
+                    counts.add(alone.count(b'\n') - 1)
+                    space.stac_next = method
+                    self.assertEqual(self.tables(space, dict(
+                        whole, area=area, **{'area.filter': 'server'})).encode(), alone)
+            self.assertTrue(counts > {45} and 0 not in counts, counts)
+            day = self.tables(space, {'timerange.start': '2018-07-02 03:00',
+                                      'timerange.end': '2018-07-02 09:00'})
+            self.assertEqual(day.count('\n'), 1 + 4, day)
+
+    def test_entries_old_and_new(self):
+        zeros, md5 = 32 * '0', 'FB6A3D0D83655781C952C6FB6E88F962'
+        name6 = ('S6A_P4_2__LR______20240225T015518_20240225T025131_20240226T073654_3373_121_117_058'
+                 '_EUM__OPE_ST_F08.SEN6')
+        tcl = 'S5P_RPRO_L2__O3_TCL_20190205T111300_20190211T115915_06854_03_020401_20230329T133105'
+        zipped = {'href': DOWNLOAD % UUID, 'alternate': KeyError, 'file:local_path': name6 + '.zip'}
+        space = self.use(DataSpace([]))
+        for api, entry, field, expected in [
+                ('odata', odata_entry(ContentDate={'Start': start, 'End': start}), 'start', time)
+                for start, time in (('2025-03-11T12:19:40Z', '2025-03-11 12:19:40'),
+                                    ('2025-03-11T12:19:40.1Z', '2025-03-11 12:19:40.100000'),
+                                    ('2025-03-11T12:19:40.123Z', '2025-03-11 12:19:40.123000'),
+                                    ('2025-03-11T12:19:40.123456789Z', '2025-03-11 12:19:40.123456'),
+                                    ('2025-03-11T12:19:40.123456+00:00', '2025-03-11 12:19:40.123456'),
+                                    ('2025-03-11T12:19:40', '2025-03-11 12:19:40'))] + [
+                ('odata', odata_entry(ContentLength=size), 'size', max(0, size or 0))
+                for size in (1000, 0, -1, None)] + [
+                ('odata', odata_entry(ContentLength=KeyError), 'size', 0)] + [
+                ('odata', odata_entry(Checksum=checksum), 'md5', '')
+                for checksum in (KeyError, None, [], [{}], [{'Value': '', 'Algorithm': 'MD5'}],
+                                 [{'Value': 'N/A', 'Algorithm': 'MD5'}],
+                                 [{'Value': zeros, 'Algorithm': 'MD5'}],
+                                 [{'Value': None, 'Algorithm': 'MD5'}],
+                                 [{'Value': md5 * 2, 'Algorithm': 'BLAKE3'}])] + [
+                ('odata', odata_entry(Checksum=[{'Value': md5 * 2, 'Algorithm': 'BLAKE3'},
+                                                {'Value': md5, 'Algorithm': 'MD5'}]),
+                 'md5', md5.lower()),
+                ('odata', odata_entry(Attributes=KeyError), 'orbit', ''),
+                ('odata', odata_entry(Attributes=None), 'producttype', ''),
+                ('odata', odata_entry(Attributes=[{'Name': 'orbitNumber', 'Value': 9756},
+                                                  {'Name': 'timeliness', 'Value': 'NT'}]),
+                 'orbit', '9756'),
+                ('odata', odata_entry(Attributes=[{'Name': 'timeliness', 'Value': 'NT'}]),
+                 'processing', 'NT'),
+                ('odata', odata_entry(GeoFootprint=EUROPE), 'geometry', EUROPE),
+                ('odata', odata_entry(), 'geometry', None),
+                ('odata', odata_entry(PublicationDate=KeyError), 'published', ''),
+                ('opensearch', resto_entry(geometry=[]), 'geometry', None),
+                ('opensearch', resto_entry(geometry=None), 'geometry', None),
+                ('opensearch', resto_entry(geometry=EUROPE), 'geometry', EUROPE),
+                ('opensearch', resto_entry(startDate='2025-03-11T12:19:40.494+00:00'), 'start',
+                 '2025-03-11 12:19:40.494000'),
+                ('opensearch', resto_entry(orbitNumber=0), 'orbit', ''),
+                ('opensearch', resto_entry(orbitNumber=None), 'orbit', ''),
+                ('opensearch', resto_entry(orbitNumber=KeyError), 'orbit', ''),
+                ('opensearch', resto_entry(timeliness='Fast-24h'), 'processing', 'Fast-24h'),
+                ('opensearch', resto_entry(timeliness=KeyError), 'processing', ''),
+                ('opensearch', resto_entry(productType=KeyError), 'producttype', ''),
+                ('opensearch', resto_entry(services=KeyError), 'size', 0),
+                ('opensearch', resto_entry(services={'download': None}), 'size', 0)] + [
+                ('opensearch', resto_entry(services={'download': {'mimetype': None, 'size': size}}),
+                 'size', max(0, size)) for size in (1000, 0, -1)] + [
+                ('stac', stac_entry(), 'product_id filename size', UUID + NO2 + '622854144'),
+                ('stac', stac_entry(), 'md5', 32 * 'a'),
+                ('stac', stac_entry(asset={'file:checksum': '1220' + 64 * 'a'}), 'md5', ''),
+                ('stac', stac_entry(asset={'file:checksum': 'd50110' + zeros}), 'md5', ''),
+                ('stac', stac_entry(asset={'file:checksum': KeyError}), 'md5', ''),
+                ('stac', stac_entry(asset={'file:size': KeyError}), 'size', 0),
+                ('stac', stac_entry(asset={'file:local_path': KeyError}), 'filename', NO2),
+                ('stac', stac_entry(start_datetime=KeyError), 'start', '2025-03-11 12:19:40'),
+                ('stac', stac_entry(**{'sat:absolute_orbit': KeyError}), 'orbit', ''),
+                ('stac', stac_entry(**{'product:timeliness_category': 'NRTI'}), 'processing', 'NRTI'),
+                ('stac', stac_entry(tcl.replace('RPRO', 'OFFL').replace('_03_', '_01_'), asset={
+                    'file:local_path': tcl + '.nc'}), 'filename', tcl + '.nc')] + [
+                ('stac', stac_entry(name6, key, zipped), 'product_id filename', UUID + name6)
+                for key in ('product', 'Product', 'PRODUCT')] + [
+                ('stac', stac_entry(name6, 'PRODUCT', {     # as of the former catalogue
+                    'href': DOWNLOAD % UUID, 'alternate': {'s3': {'href': '/eodata/' + name6}},
+                    'file:local_path': KeyError}), 'filename', name6)]:
+            with self.subTest(api, field=field, entry=entry):
+                self.tell(space, api, PAGES[api](entry))
+                product, = self.search(space, api)
+                self.assertEqual(product.product_id, UUID)
+                found = [getattr(product, name) for name in field.split()]
+                if len(found) == 1 and not isinstance(found[0], datetime.datetime):
+                    self.assertEqual(found[0], expected)
+                else:
+                    self.assertEqual(''.join(map(str, found)), expected)
+
+    def test_footprints_in_both_forms_of_odata(self):
+        space = self.use(DataSpace([]))
+        text = "geography'SRID=4326;POLYGON ((-40 20, 40 20, 40 80, -40 80, -40 20))'"
+        for entry in (odata_entry(GeoFootprint=EUROPE), odata_entry(GeoFootprint=None, Footprint=text),
+                      odata_entry(GeoFootprint=KeyError, Footprint=text)):
+            for area, count in (('0,30,10,50', 1), ('100,-60,120,-40', 0)):
+                with self.subTest(area, entry=entry):
+                    self.tell(space, 'odata', PAGES['odata'](entry))
+                    self.assertEqual(len(self.inquire(space, {
+                        'area': area, 'timerange.end': '2026-01-01'})), count)
+
+    def test_entries_that_say_too_little_are_errors(self):
+        self.write('table.csv', 'old')
+        space = self.use(DataSpace([]))
+        for api, entry in (('odata', {}), ('odata', odata_entry(Id=KeyError)), ('odata', None),
+                           ('odata', odata_entry(ContentDate=None)),
+                           ('odata', odata_entry(ContentDate={'Start': 'now', 'End': 'then'})),
+                           ('opensearch', {'properties': {}}), ('opensearch', {}),
+                           ('opensearch', resto_entry(title=KeyError)),
+                           ('stac', stac_entry(asset={'alternate': KeyError})),
+                           ('stac', {'id': 'x', 'properties': {}})):
+            with self.subTest(api, entry=entry):
+                self.tell(space, api, PAGES[api](entry))
+                with self.assertRaisesRegex(cso.CatalogueError, re.escape(getattr(space, api))):
+                    self.inquire(space, {}, api)
+                self.assertEqual(self.read('table.csv'), b'old')
+
+    def test_names_that_are_paths_are_errors(self):
+        space = self.use(DataSpace([]))
+        for name in ('../evil.nc', '/etc/passwd', 'a\\b.nc', '..', 'a\nb.nc', ''):
+            for api, entry in (('odata', odata_entry(Name=name)), ('opensearch', resto_entry(title=name)),
+                               ('stac', stac_entry(asset={'file:local_path': name}))):
+                with self.subTest(api, name=name):
+                    self.tell(space, api, PAGES[api](entry))
+                    try:        # STAC takes the last part of what is a path there
+                        names = self.names(space, {'timerange.end': '2026-01-01'}, api)
+                        self.assertEqual([re.search(r'[/\\\n]|^\.*$', name) for name in names], [None])
+                        self.assertEqual(api, 'stac')
+                    except cso.DataSpaceError:
+                        self.assertNotIn('table.csv', self.files())
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.path('table.csv'))
+
+    def test_what_services_say_reaches_the_user(self):
+        space = self.use(DataSpace([]))
+        for body, said in (
+                ({'detail': 'Not Found'}, 'Not Found'),
+                ({'detail': {'message': 'Invalid field: x'}}, 'Invalid field: x'),
+                ({'detail': [{'type': 'less_than_equal', 'loc': ['query', '$skip'], 'input': '10001',
+                              'msg': 'Input should be less than or equal to 10000'}]},
+                 r'Input should be less than or equal to 10000.*\$skip'),
+                ({'detail': {'ErrorMessage': 'Validation error.', 'ErrorCode': 400, 'ErrorDetail': [
+                    {'loc': ['maxRecords'], 'msg': 'Input should be less than 2000.'}]}},
+                 r'Validation error.*Input should be less than 2000\..*maxRecords'),
+                ({'detail': {'ErrorMessage': 'Unknown query parameter(s).', 'ErrorDetail': {
+                    'loc': ['productsType'], 'msg': 'Query parameters do not exist.'}}},
+                 'Unknown query.*do not exist.*productsType'),
+                ({'detail': {'ErrorMessage': 'loadFromStore - Not Found', 'ErrorCode': 404}},
+                 'loadFromStore - Not Found'),
+                ({'code': 'NotFoundError', 'description': 'No such thing'}, 'No such thing'),
+                ({'message': 'Malformed path', 'code': 'DAT-ZIP-104'}, 'Malformed path.*DAT-ZIP-104'),
+                (b'<html><head><title>x</title><style>a{}</style></head><body><h1>Bad\n request</h1>',
+                 r'Bad request\b'), (b'plain words', 'plain words'), (b'', ''),
+                ([['odd'], {'detail': None}], 'odd')):
+            for api in APIS:
+                with self.subTest(api, body=body):
+                    self.tell(space, api, body, 400)
+                    space.kinds.clear()
+                    with self.assertRaisesRegex(cso.DataSpaceError, '400 Bad Request.*' + said) as caught:
+                        self.search(space, api)
+                    self.assertNotIn('\n', str(caught.exception))
+                    self.assertEqual(space.count(api), 1)
+
+    def test_spellings_of_collections(self):
+        kinds = {'1': 'IW_GRDH_1S', '2': 'S2MSI1C', '3': 'SR_2_WAT___', '5P': 'L2__O3____',
+                 '6': 'P4_2__LR_____'}
+        with DataSpace() as space:
+            for number, producttype in kinds.items():
+                known = {self.tables(space, {'collection': spelling % number,
+                                             'producttype': producttype})
+                         for spelling in ('Sentinel%s', 'SENTINEL-%s')}
+                with self.subTest(number):
+                    self.assertEqual(len(known), 1)
+                    self.assertIn('Products(', known.pop())
+
+    def test_other_missions_without_type(self):
+        with DataSpace() as space:
+            for api in APIS:
+                with self.subTest(api):
+                    names = self.names(space, {'collection': 'Sentinel2', 'producttype': ''}, api)
+                    self.assertEqual(len(names), 3)
+                    self.assertTrue(all(name.startswith('S2A_') for name in names))
+
+    def test_requests_are_as_the_services_want_them(self):
+        with DataSpace([CH4]) as space:
+            for api in APIS:
+                self.inquire(space, {'producttype': 'L2__CH4___', 'area': '0,40,10,50'}, api)
+            asked = [(path.partition('?')[0], dict(urllib.parse.parse_qsl(path.partition('?')[2])))
+                     for _, path, headers, _ in space.requests]
+            self.assertTrue(all('Authorization' not in headers for _, _, headers, _ in space.requests))
+        asked.reverse()         # so that a dict keeps the first of each
+        query = dict(asked)['/odata/v1/Products']
+        self.assertEqual((query['$top'], query['$orderby']), ('1000', 'ContentDate/Start asc'))
+        for term in ("Collection/Name eq 'SENTINEL-5P'", "'productType'", "'L2__CH4___'",
+                     'ContentDate/Start le 2025-01-01T00:00:00.000Z'):
+            self.assertIn(term, query['$filter'])
+        self.assertFalse([query for _, query in asked if '$count' in query or 'dataset' in query])
+        query = dict(asked)['/resto/api/collections/Sentinel5P/search.json']
+        self.assertEqual((query['sortParam'], query['sortOrder']), ('startDate', 'ascending'))
+        self.assertRegex(query['startDate'], r'^2014-12-31T.*Z$')
+        query = dict(asked)['/v1/search']
+        self.assertIn('sentinel-5p-l2-ch4-offl', query['collections'])
+
+
+class PagingTest(CatalogueCase):
+    """A list is complete, or there is an error and the old table stays."""
+
+    FULL, ERROR, EITHER = 'full', 'error', 'full or error'
+    FAULTS = (          # kind, how often (None: for ever), details, how it ends
+        ('429', 1, {}, FULL), ('429', 2, {'retry_after': 7}, FULL),
+        ('429', 1, {'retry_after': 'date', 'seconds': 30}, FULL),
+        ('503', 2, {}, FULL), ('503', None, {}, ERROR),
+        ('html', 1, {}, FULL), ('html', None, {}, ERROR), ('empty', 1, {}, FULL),
+        ('json', None, {}, ERROR), ('cut-json', 1, {}, FULL), ('cut-json', None, {}, ERROR),
+        ('rst', 1, {}, FULL), ('drop', 1, {}, FULL), ('drop', None, {}, ERROR),
+        ('400', 1, {}, ERROR), ('404', 1, {}, ERROR),
+        ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL), ('empty-page', 1, {}, EITHER),
+        ('empty-page', None, {}, ERROR), ('repeat', 1, {}, EITHER), ('repeat', None, {}, EITHER),
+        ('repeat', None, {'same_link': True}, EITHER))
+
+    def test_faults_on_first_middle_and_last_page(self):
+        self.small_pages()
+        ends = collections.Counter()
+        with DataSpace(list(made_products(25, checksum='')), keep_pages=True) as space:
+            for api in APIS:
+                whole = self.table(space, {}, api)
+                pages = space.count(api)
+                self.assertGreater(pages, 2)
+                self.assertEqual(whole.count(b'\n'), 26)
+                for kind, times, detail, expected in self.FAULTS:
+                    for page in (0, pages // 2, pages - 1):
+                        with self.subTest(api, kind=kind, times=times, page=page, **detail):
+                            space.faults.clear()
+                            fault = space.faults.add(kind, api, times, page, **detail)
+                            ends[self.run_into(space, api, whole, expected)] += 1
+                            self.assertGreater(fault.taken, 0)
+                            if 'retry_after' in detail:
+                                self.assertGreater(min(self.waits), 6)
+                space.faults.clear()
+                space.kinds.clear()
+        self.assertGreater(min(ends.values()), 60, ends)
+
+    def run_into(self, space, api, whole, expected):
+        """Inquire; how it ended, after a look at the table, the warnings and the folder."""
+        self.write('table.csv', 'old')
+        del self.waits[:]
+        with self.logged() as logged:
+            try:
+                table, ended = self.table(space, {}, api, retry=cso.Retry(3, 5, 600)), self.FULL
+            except cso.DataSpaceError as error:
+                logged.records.clear() if hasattr(logged.records, 'clear') else None
+                table, ended = self.read('table.csv'), self.ERROR
+                self.assertIn('127.0.0.1', str(error))
+                cso.log.info('so that something is logged')
+        self.assertIn(ended, expected)
+        self.assertEqual(table, whole if ended == self.FULL else b'old')
+        self.assertEqual(self.files(), ['my.rc', 'table.csv'])
+        if ended == self.FULL:
+            warnings = [record for record in logged.records if record.levelname == 'WARNING']
+            self.assertEqual(len(warnings), len(self.waits), warnings)
+        return ended
+
+    def test_stalls(self):
+        self.small_pages(5)
+        with DataSpace(made_products(12)) as space:
+            whole = self.table(space)
+            for kind in ('stall-body', 'stall-headers'):
+                space.faults.add(kind, 'odata', after=1)
+                with self.subTest(kind):
+                    self.assertEqual(self.table(space, timeout=0.1), whole)
+            space.faults.add('stall-body', 'odata', None, after=1)
+            with self.assertRaises(cso.HttpError):
+                self.table(space, timeout=0.1, retry=cso.Retry(2, 0))
+
+    def test_pages_that_never_end(self):
+        """A server that gives the same page whatever is asked, with and without other links."""
+        self.small_pages(2)
+        self.write('table.csv', 'old')
+        entries = [odata_entry(Id='%08d' % k + UUID[8:]) for k in range(2)]
+        pages = {'odata': {'value': entries, '@odata.nextLink': 'http://127.0.0.1/next'},
+                 'opensearch': {'type': 'FeatureCollection', 'features': [resto_entry()] * 2,
+                                'properties': {'links': [{'rel': 'next', 'href': 'x'}]}},
+                 'stac': {'type': 'FeatureCollection', 'features': [stac_entry()],
+                          'links': [{'rel': 'next', 'href': 'search?token=x'}]}}
+        for api, page in pages.items():
+            for start in (0, 2):
+                with self.subTest(api, start=start), DataSpace(made_products(9)) as space:
+                    space.faults.add('told', api, None, start, body=page)
+                    with self.assertRaisesRegex(cso.CatalogueError, 'brings nothing new|can.t be'):
+                        self.inquire(space, {}, api)
+                    self.assertLess(space.count(api), 12)
+                    self.assertEqual(self.read('table.csv'), b'old')
+
+    def test_links_that_lead_nowhere_are_not_needed(self):
+        """OData leaves nextLink out beyond 10,000: no link does not mean that all is there."""
+        self.small_pages(5)
+        for limit in (None, 3):
+            with DataSpace(made_products(23), page_limit=limit) as space:
+                for api in ('odata', 'opensearch'):
+                    with self.subTest(api, page_limit=limit):
+                        space.faults.add('no-link', api, None)
+                        self.assertEqual(len(self.inquire(space, {}, api)), 23)
+
+    def test_pages_that_were_not_asked_for(self):
+        """An empty or an old page in the place of a later one: the list would look whole."""
+        self.small_pages()
+        self.write('table.csv', 'old')
+        empty = {'odata': {'value': []}, 'opensearch': {'type': 'FeatureCollection', 'features': []}}
+        old = {'odata': {'value': [odata_entry(ContentDate={'Start': '2018-07-01T00:34:45Z',
+                                                            'End': '2018-07-01T01:34:45Z'})]},
+               'opensearch': {'type': 'FeatureCollection', 'features': [resto_entry(
+                   startDate='2018-07-01T00:34:45Z', completionDate='2018-07-01T01:34:45Z')]}}
+        with DataSpace(made_products(35)) as space:
+            for api, pages in [(api, pages) for api in empty for pages in (empty, old)]:
+                for page in (1, 3):
+                    with self.subTest(api, page=page, body=pages[api]):
+                        space.faults.clear()
+                        space.faults.add('told', api, 1, page, body=pages[api])
+                        with self.assertRaises(cso.DataSpaceError):
+                            self.inquire(space, {}, api)
+                        self.assertEqual(self.read('table.csv'), b'old')
+
+    def test_many_products_with_one_start(self):
+        for count, size, limit in ((1500, 1000, None), (150, 10, None), (40, 30, 7), (10, 10, None),
+                                   (20, 10, None), (11, 10, None)):
+            self.small_pages(size)
+            around = list(made_products(3, '2017-01-01T00:00:00')) + list(
+                made_products(3, '2019-01-01T00:00:00'))
+            records = around + copies(count)
+            with DataSpace(records, page_limit=limit) as space:
+                for api in APIS:
+                    with self.subTest(api, count=count, size=size, limit=limit):
+                        rows = self.inquire(space, {}, api)
+                        self.assertEqual(sorted(row.product_id for row in rows),
+                                         sorted(record.id for record in records))
+
+    def test_more_with_one_start_than_can_be_skipped(self):
+        self.write('table.csv', 'old')
+        with DataSpace(copies(11500)) as space:
+            with self.assertRaisesRegex(cso.CatalogueError, 'start at 2018-07-01 00:34:45'):
+                self.inquire(space)
+        self.assertEqual(self.read('table.csv'), b'old')
+
+    def test_duplicates(self):
+        self.small_pages(4)
+        records = list(made_products(20))
+        for repeated in (records[3:4], records[2:7], records, records[:1] * 3, records[-1:] * 3):
+            with DataSpace(records + list(repeated)) as space:
+                for api in APIS:
+                    with self.subTest(api, repeated=len(repeated)):
+                        self.assertEqual(len(self.inquire(space, {}, api)), 20)
+        twins = [s5p(CH4.name), s5p(CH4.name[:-5] + '1.nc')]       # other names, all else the same
+        with DataSpace(twins) as space:
+            for api in APIS:
+                self.assertEqual(len(self.inquire(space, {'producttype': 'L2__CH4___'}, api)), 2)
+
+    def test_long_list_in_little_memory(self):
+        """12,000 products: OData refuses to skip over 10,000, and leaves the link out there."""
+        code = """if True:
+            import re, sys
+            sys.path.insert(0, sys.argv[1])
+            import cso_dataspace as cso
+            rows = cso.inquire(cso.read_settings(sys.argv[2]), 'my')
+            try:
+                with open('/proc/self/status') as status:
+                    peak = int(re.search(r'VmHWM:\\s*(\\d+)', status.read()).group(1)) << 10
+            except OSError:         # no Linux; there this one would count the parent's memory too
+                import resource
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                peak <<= 0 if sys.platform == 'darwin' else 10
+            print(len(rows), len(set(row.product_id for row in rows)), peak)"""
+        try:
+            import resource         # noqa: F401
+        except ImportError:
+            self.skipTest('no resource module here')
+        count = 12000
+        with DataSpace(made_products(count, step_seconds=60, checksum='')) as space:
+            done = subprocess.run([sys.executable, '-c', code, os.path.dirname(cso.__file__),
+                                   self.rc(space)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertLess(space.count('odata'), count / 1000 + 4)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        found, distinct, peak = map(int, done.stdout.split())
+        self.assertEqual((found, distinct, self.read('table.csv').count(b'\n')), (count, count, 1 + count))
+        self.assertLess(peak, 64e6)
+
+
+class RetiredTest(CatalogueCase):
+    """The OpenSearch service was switched off on 2 March 2026."""
+
+    MODES = '404', '410', '301', 'html', 'json', 'empty', '503', 'drop', 'refused'
+
+    def setUp(self):
+        super().setUp()
+        self.space = self.use(DataSpace(one_day()))
+        self.use(names_on_loopback({CATALOGUE: self.space}))
+        self.expected = self.table(self.space)
+
+    def retire(self, how):
+        self.space.faults.clear()
+        self.space.opensearch_mode = 'retired-' + how
+        if how == 'drop':
+            self.space.faults.add('drop', 'opensearch', None)
+        if how == 'refused':
+            real, refused = socket.getaddrinfo, iter([ConnectionRefusedError(111, 'refused')] * 2)
+
+            def lookup(*args, **kwargs):
+                for error in refused:
+                    raise error
+                return real(*args, **kwargs)
+            self.use(mock.patch('socket.getaddrinfo', lookup))
+
+    def test_on_the_own_host_odata_answers_instead(self):
+        for how in self.MODES:
+            with self.subTest(how), self.logged('WARNING') as logged:
+                self.retire(how)
+                del self.waits[:]
+                table = self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
+                self.assertEqual(table, self.expected)
+                told = [record.getMessage() for record in logged.records]
+                retired = [text for text in told if 'retired' in text]
+                self.assertEqual(len(retired), 1)
+                self.assertIn('http://%s/odata/v1' % CATALOGUE, retired[0])
+                self.assertEqual(len(told), 1 + len(self.waits))
+                self.assertLessEqual(len(self.waits), 1)
+
+    def test_asked_for_by_name_it_is_an_error(self):
+        self.write('table.csv', 'old')
+        reasons = {'301': 'DOCTYPE', 'html': 'DOCTYPE', '404': '404', '503': '503',
+                   'json': 'no FeatureCollection', 'empty': '0 bytes', 'drop': 'resto', '410': '410',
+                   'refused': 'refused'}
+        for how in self.MODES:
+            for url, api in ((self.space.opensearch, 'auto'), (self.space.opensearch, 'opensearch'),
+                             ('http://%s/resto/api/' % CATALOGUE, 'opensearch')):
+                if how == 'refused' and '127.0.0.1' in url:
+                    continue
+                with self.subTest(how, url=url, api=api):
+                    self.retire(how)
+                    with self.assertRaises(cso.DataSpaceError) as caught:
+                        self.table(self.space, {'url': url, 'api': api}, retry=cso.Retry(2, 0))
+                    self.assertRegex(str(caught.exception), reasons[how] + r'.*(url|api) to ')
+                    self.assertEqual(self.read('table.csv'), b'old')
+
+    def test_on_a_later_page_it_is_an_error(self):
+        self.small_pages(5)
+        for how in ('404', 'html', '503'):
+            self.space.opensearch_mode = 'on'
+            self.space.faults.clear()
+            self.space.faults.add(how, 'opensearch', None, after=1)
+            with self.subTest(how), self.assertRaises(cso.DataSpaceError):
+                self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
+            self.assertEqual(self.read('table.csv'), self.expected)
+
+    def test_while_it_lives_it_answers(self):
+        before = self.space.count('odata')
+        self.assertEqual(self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE}),
+                         self.expected)
+        self.assertEqual(self.space.count('odata'), before)
+
+    def test_when_odata_fails_too_it_is_an_error(self):
+        self.retire('410')
+        self.space.faults.add('400', 'odata', text='Invalid value')
+        with self.assertRaisesRegex(cso.HttpError, 'odata.*Invalid value'):
+            self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
+
+
+class InquireTest(CatalogueCase):
+    """Settings in, table out: period, area, selection, and what is said about bad settings."""
+
+    DOCUMENTED = """
+    ! period
+    cso.s5p.no2.timerange.start  :  2018-06-01 00:00
+    cso.s5p.no2.timerange.end    :  2022-06-30 23:59
+    cso.s5p.no2.url              :  https://catalogue.dataspace.copernicus.eu/resto/api
+    cso.s5p.no2.collection       :  Sentinel5P
+    cso.s5p.no2.producttype      :  L2__NO2___
+    cso.s5p.no2.area             :  -30,30,35,76
+    cso.s5p.no2.download_url     :  https://zipper.dataspace.copernicus.eu/odata/v1/Products({product_id})/$value
+    cso.s5p.no2.output.file      :  ${my.work}/PAL_S5P_NO2_%Y-%m-%d.csv
+    cso.s5p.no2.dmode            :  0o775
+    """.replace('\n    ', '\n')
+
+    def test_documented_settings_file(self):
+        no2 = s5p('S5P_PAL__L2__NO2____20211206T140554_20211206T154724_21497_02_020301_'
+                  '20211208T050000.nc', '2021-12-06T14:27:28Z', '2021-12-06T15:25:50Z')
+        expected = {'NO2': HEADER + '21497;2021-12-06 14:05:54;2021-12-06 15:47:24;PAL_;02;020301;'
+                                    '%s;%s\n' % (no2.name, ZIPPER % no2.id),
+                    'CH4': HEADER + CH4_ROW}
+        chain = certificate(self.folder, [CATALOGUE])
+        if not chain:
+            self.skipTest('no openssl here')
+        os.environ['SSL_CERT_FILE'] = chain.authority
+        for mode, warnings in (('on', 0), ('retired-410', 1)):
+            with DataSpace([CH4, no2], tls=chain.context(), opensearch=mode) as space, \
+                    names_on_loopback({CATALOGUE: space}):
+                for species, table in expected.items():
+                    with self.subTest(species, mode=mode), self.logged() as logged:
+                        work = self.path(mode, species)
+                        rcfile = self.write('doc.rc', self.DOCUMENTED.replace('NO2___', species + '___'))
+                        done = cso.CSO_DataSpace_Inquire(rcfile, 'cso.s5p.no2', env={'my.work': work})
+                        name, = os.listdir(work)
+                        self.assertRegex(name, r'^PAL_S5P_NO2_20\d\d-\d\d-\d\d\.csv$')
+                        self.assertEqual(self.read(work, name).decode(), table)
+                        self.assertEqual(len(done.rows), 1)
+                        self.assertEqual(sum(record.levelname == 'WARNING'
+                                             for record in logged.records), warnings)
+
+    def test_bad_settings(self):
+        mistakes = (        # setting, value (None: not there), what the message says beside the place
+            ('url', None, 'url'), ('producttype', None, 'producttype'), ('output.file', None, 'output.file'),
+            ('timerange.start', None, 'timerange.start'), ('collection', None, 'collection'),
+            ('timerange.start', '2018-13-01', "'2018-13-01'"), ('timerange.end', 'tomorrow', 'yyyy-mm-dd'),
+            ('timerange.end', '2001-01-01', 'before'), ('producttype', 'L2__NO2__', 'L2__NO2___'),
+            ('producttype', 'L2__NO2____', 'L2__NO2___'), ('producttype', 'NO2', 'L2__NO2___'),
+            ('producttype', 'CH4', 'L2__CH4___'), ('producttype', 'ch4', 'L2__CH4___'),
+            ('producttype', 'L2__CO', 'L2__CO____'), ('producttype', 'SO2', 'L2__SO2___'),
+            ('producttype', 'HCHO', 'L2__HCHO__'), ('producttype', 'CLOUD', 'L2__CLOUD_'),
+            ('collection', 'Sentinl5P', 'SENTINEL-5P'), ('collection', 'Sentinel/5P', 'SENTINEL-5P'),
+            ('area', '35,30,-30', 'west,south,east,north'), ('area', '-30,76,35,30', 'south'),
+            ('area', '30,-30,76,135', '90'), ('area', 'Europe', 'west,south,east,north'),
+            ('area', '-400,0,1,1', '360'), ('area.minimum', '101', '0 to 100'),
+            ('area.minimum', 'half', "'half'"), ('area.filter', 'remote', 'local or server'),
+            ('api', 'rest', 'odata'), ('url', 'catalogue.dataspace.copernicus.eu', 'https://'),
+            ('url', 'https://example.org/api', 'api'),
+            ('download_url', 'https://example.org/Products()/$value', '{product_id}'), ('best', 'maybe', "'maybe'"),
+            ('output.columns', 'orbit;md6', 'md6'), ('selection', "%{orbit} ==", 'selection'),
+            ('selection', "__import__('os')", 'selection'), ('dmode', 'rwx', 'octal'),
+            ('download.maxtry', '0', '1 or more'), ('timeout', '-5', '0.01 or more'))
+        for name, value, said in mistakes:
+            with self.subTest(name, value=value), DataSpace([CH4]) as space:
+                rcfile = self.rc(space, {'producttype': 'L2__CH4___', name: value})
+                before = self.files()
+                status, out, err = self.run_main('inquire', rcfile, '--rcbase', 'my')
+                self.assertEqual((status, out), (1, ''), err)
+                self.assertEqual(len(err.strip().split('\n')), 1, err)
+                self.assertIn('Traceback', 'Traceback' + err)
+                place = rcfile
+                if value is not None:
+                    lines = self.read('my.rc').decode().split('\n')
+                    place += ':%d' % (1 + [line.startswith('my.%s :' % name) for line in lines].index(True))
+                self.assertIn(place + ': ', err)
+                self.assertIn(name, err)
+                self.assertIn(said, err)
+                self.assertEqual(self.files(), before)
+
+    def test_unknown_collection_of_the_service(self):
+        self.write('table.csv', 'old')
+        with DataSpace() as space:
+            for api in APIS:
+                with self.subTest(api), self.assertRaisesRegex(cso.DataSpaceError, 'Landsat9|Invalid'):
+                    self.inquire(space, {'collection': 'Landsat9'}, api)
+        self.assertEqual(self.read('table.csv'), b'old')
+
+    def test_types_of_other_missions_pass_as_they_are(self):
+        with DataSpace() as space:
+            for producttype in ('S2MSI1C', 'GRD', 'x', "it's"):
+                self.inquire(space, {'collection': 'Sentinel2', 'producttype': producttype})
+                asked = urllib.parse.unquote(space.requests[-1][1])
+                self.assertIn("eq '%s'" % producttype.replace("'", "''"), asked)
+
+    def test_period_is_that_of_the_measurement(self):
+        name = 'S5P_OFFL_L2__NO2____20180701T%s_20180702T%s_03700_01_010002_20180708T000000.nc'
+        midnight = s5p(name % ('231500', '005600'), '2018-07-01T23:36:40Z', '2018-07-02T00:34:30Z')
+        later = s5p(name % ('234500', '012600'), '2018-07-02T00:06:40Z', '2018-07-02T01:04:30Z')
+        edge = s5p(name % ('000000', '000001'), '2018-07-03T00:00:00Z', '2018-07-03T00:50:00Z')
+        days = {'2018-06-30': '', '2018-07-01': 'm', '2018-07-02': 'lm', '2018-07-03': 'e'}
+        letters = {midnight.name: 'm', later.name: 'l', edge.name: 'e'}
+        with DataSpace([midnight, later, edge]) as space:
+            for api in APIS:
+                for day, expected in days.items():
+                    found = self.names(space, {'timerange.start': day + ' 00:00',
+                                               'timerange.end': day + ' 23:59:59'}, api)
+                    with self.subTest(api, day=day):
+                        self.assertEqual(''.join(sorted(letters[name] for name in found)), expected)
+                for start, end, expected in (       # ends included
+                        ('2018-07-02 01:04:30', '2018-07-02 02:00', 'l'),
+                        ('2018-07-02 01:04:31', '2018-07-02 02:00', ''),
+                        ('2018-07-02 12:00', '2018-07-03 00:00', 'e'),
+                        ('2018-07-02 12:00', '2018-07-02 23:59:59', ''),
+                        ('2018-07-02 00:10', '2018-07-02 00:10', 'lm')):
+                    found = self.names(space, {'timerange.start': start, 'timerange.end': end}, api)
+                    with self.subTest(api, start=start, end=end):
+                        self.assertEqual(''.join(sorted(letters[name] for name in found)), expected)
+
+    @unittest.skipUnless(hasattr(time, 'tzset'), 'no tzset here')
+    def test_local_time_changes_nothing(self):
+        tables = set()
+        with DataSpace(made_products(40, '2018-03-24T00:10:00')) as space:
+            try:
+                for zone in ('UTC', 'CET-1CEST,M3.5.0,M10.5.0/3', 'PST8PDT,M3.2.0,M11.1.0', 'IST-5:30'):
+                    with mock.patch.dict(os.environ, TZ=zone):
+                        time.tzset()
+                        tables.add(self.tables(space, {'timerange.start': '2018-03-25 01:30',
+                                                       'timerange.end': '2018-03-25 03:30'}))
+            finally:
+                time.tzset()
+        table, = tables
+        self.assertIn('\n02308;2018-03-25 01:32:30;', table)
+        self.assertEqual(table.count('\n'), 1 + 1, table)
+
+    def kept(self, space, settings, step, said):
+        """Names of an inquiry of which one step is logged in one line that matches."""
+        with self.logged() as logged:
+            names = self.names(space, settings)
+        lines = [record.getMessage() for record in logged.records
+                 if record.getMessage().startswith(step)]
+        self.assertEqual(len(lines), 1, lines)
+        self.assertRegex(lines[0], said)
+        return names
+
+    def test_selection(self):
+        wanted = "%{processing} in ['RPRO','OFFL'] and %{collection} == '03'"
+        records = [s5p('S5P_%s_L2__NO2____2020010%dT023416_2020010%dT041546_%05d_%s_020400_'
+                       '20221120T003820.nc' % (stream, day, day, 100 + day, collection))
+                   for day, (stream, collection) in enumerate((
+                       ('RPRO', '03'), ('OFFL', '03'), ('OFFL', '01'), ('NRTI', '03')), 1)]
+        with DataSpace(records) as space:
+            for text, kept in ((wanted, '21'), ("'%{processing}' == 'NRTI'", '4'),
+                               ("%{orbit} == '00103'", '3'), ("not %{orbit}.startswith('0010')", ''),
+                               ("%{processor_version} >= '020400'", '4321'),
+                               ("int(%{orbit}) % 2 == 0", '42'),
+                               ("%{start_time} < '2020-01-03'", '21'),
+                               ("%{processing} \\!= 'NRTI'", '321')):
+                with self.subTest(text):
+                    names = self.kept(space, {'selection': text}, 'selection', '%d kept, %d dropped' % (
+                        len(kept), 4 - len(kept)))
+                    self.assertEqual(''.join(name[27] for name in names), kept)
+            for text, said in (("%{colection} == '03'", 'colection.*orbit'),
+                               ("%{processing} != 'NRTI'", '!=')):      # here ! begins a comment
+                with self.subTest(text), self.assertRaisesRegex(
+                        cso.SettingsError, r'my\.rc:\d+: selection: .*' + said):
+                    self.inquire(space, {'selection': text})
+
+    def test_best(self):
+        name = 'S5P_%s_L2__NO2____20200101T%s_20200101T%s_%s_%s_%s_20%s.nc'
+        whole, part1, part2 = ('023416', '041546'), ('024000', '024500'), ('024500', '025000')
+        names = [name % ((stream,) + times + (orbit, collection, version, made))
+                 for stream, times, orbit, collection, version, made in (
+            ('RPRO', whole, '00001', '03', '020400', '221120T003820'),      # kept: version, time
+            ('RPRO', whole, '00001', '03', '020400', '221120T003819'),
+            ('RPRO', whole, '00001', '03', '020301', '231120T003820'),
+            ('RPRO', whole, '00001', '02', '020500', '231120T003820'),
+            ('OFFL', whole, '00001', '03', '020800', '241120T003820'),
+            ('NRTI', part1, '00001', '03', '020800', '241120T003820'),
+            ('NRTI', part1, '00002', '01', '010000', '200101T050000'),      # kept: no other
+            ('NRTI', part2, '00002', '01', '010000', '200101T050000'),
+            ('NRTI', part2, '00002', '01', '010000', '200101T060000'),      # kept: made later
+            ('OFFL', whole, '00003', '02', '010302', '200101T050000'),      # kept: collection
+            ('OFFL', whole, '00003', '01', '010302', '200101T050000'))]
+        with DataSpace([s5p(name) for name in names]) as space:
+            found = self.kept(space, {'best': 'True'}, 'best', '4 kept, 7 dropped .*RPRO')
+            self.assertEqual(set(found), {names[k] for k in (0, 6, 8, 9)})
+            self.assertEqual(len(self.names(space, {'best': 'False'})), 11)
+            self.assertEqual(len(self.names(space)), 11)
+            found = self.names(space, {'best': 'True', 'selection': "%{processing} \\!= 'RPRO'"})
+            self.assertEqual(set(found), {names[k] for k in (4, 6, 8, 9)})
+        aux = [record for record in RECORDS if record.producttype == 'AUX_CTMANA']
+        with DataSpace(aux) as space:      # names without an orbit
+            self.assertEqual(len(self.names(space, {'best': 'T', 'producttype': 'AUX_CTMANA'})), 2)
+
+    def test_area(self):
+        def covering(day, east, geometry=True):
+            ring = '-5,-5 %s,-5 %s,15 -5,15 -5,-5' % (east, east)
+            return s5p('S5P_OFFL_L2__NO2____2020010%dT023416_2020010%dT041546_11488_03_020400_'
+                       '20221120T003820.nc' % (day, day), geometry=geometry and typed_geometry(
+                           'Polygon', ring.split()))
+        records = [covering(1, 15), covering(2, 5), covering(3, 0.5), covering(4, -1),
+                   covering(5, 0, None)]
+        with DataSpace(records) as space:
+            for minimum, kept, said in ((0, '5321', '4 kept, 1 dropped .1 outside.*1 .*footprint'),
+                                        (5, '5321', '4 kept'), (5.1, '521', '3 kept, 2 dropped .*5.1'),
+                                        (50, '521', '3 kept'), (50.1, '51', '2 kept, 3 dropped'),
+                                        (100, '51', '2 kept')):
+                with self.subTest(minimum):
+                    names = self.kept(space, {'area': '0,0,10,10', 'area.minimum': minimum}, 'area', said)
+                    self.assertEqual(''.join(name[27] for name in names), kept)
+            rows = self.inquire(space, {'area': '0,0,10,10', 'output.columns': 'orbit overlap'})
+            self.assertEqual([row.overlap for row in rows], ['', '5.00', '50.00', '100.00'])
+            self.assertEqual(len(self.names(space)), 5)
+
+    def test_missing_footprints_are_a_warning_only_where_there_should_be_one(self):
+        with DataSpace() as space, self.logged() as logged:
+            names = self.names(space, {'producttype': 'L2__O3_TCL', 'area': '-30,30,35,76'})
+            self.assertEqual(len(names), 3)
+            self.assertNotIn('WARNING', [record.levelname for record in logged.records])
+        with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged() as logged:
+            self.inquire(space, {'area': '-30,30,35,76', 'timerange.end': '2026-01-01'})
+            told = [record.getMessage() for record in logged.records if record.levelname == 'WARNING']
+            self.assertEqual(len(told), 1)
+            self.assertIn('1 of them without a readable footprint', told[0])
+
+    def test_columns(self):
+        with DataSpace([CH4._replace(content=321)]) as space:
+            for text, header in (('orbit filename href', 'orbit;filename;href'), ('', HEADER.strip()),
+                                 ('href;size, md5', 'href;size;md5'), ('producttype', 'producttype')):
+                with self.subTest(text):
+                    table = self.table(space, {'producttype': 'L2__CH4___', 'output.columns': text})
+                    self.assertEqual(table.decode().split('\n')[0], header)
+            columns = 'product_id,producttype,published,size,md5,overlap'
+            table = self.table(space, {'producttype': 'L2__CH4___', 'output.columns': columns})
+            self.assertEqual(table.decode().split('\n')[1], ';'.join((
+                UUID, 'L2__CH4___', '2022-12-01T00:00:00.000000Z', '321', space.md5(CH4._replace(
+                    content=321)), '')))
+
+    def test_geojson(self):
+        pacific = typed_geometry('Polygon', '170,0 -170,0 -170,10 170,10 170,0'.split())
+        names = [NO2.replace('20250311T1', '2025031%dT1' % day) for day in (1, 2, 3)]
+        records = [s5p(name, geometry=geometry) for name, geometry in zip(
+            names, (EUROPE, pacific, None))]
+        with DataSpace(records) as space:
+            for api in APIS:
+                with self.subTest(api):
+                    rows = self.inquire(space, {'timerange.end': '2026-01-01', 'output.geojson': self.path(
+                        'maps', 'x.geojson'), 'selection': "%{orbit} == '38393'"}, api)
+                    said = json.loads(self.read('maps', 'x.geojson').decode())
+                    self.assertEqual(said['type'], 'FeatureCollection')
+                    self.assertEqual([feature['properties']['filename'] for feature in said['features']],
+                                     [row.filename for row in rows])
+                    empty, cut, plain = [feature['geometry'] for feature in said['features']]
+                    self.assertIsNone(empty)
+                    self.assertEqual((cut['type'], len(cut['coordinates'])), ('MultiPolygon', 2))
+                    self.assertEqual(plain['type'], 'Polygon')
+                    self.assertEqual(self.read('table.csv').count(b'\n'), 4)
+
+    def test_nothing_found(self):
+        with DataSpace([CH4]) as space:
+            for api in APIS:
+                with self.subTest(api), self.logged('WARNING') as logged:
+                    self.assertEqual(self.table(space, {'area': '-30,30,35,76'}, api), HEADER.encode())
+                    said, = [record.getMessage() for record in logged.records]
+                    for words in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76', space.url):
+                        self.assertIn(words, said)
+
+    def test_date_of_today_in_names(self):
+        today = datetime.datetime(2026, 11, 5, 23, 59)
+        with DataSpace([CH4]) as space:
+            rcfile = self.rc(space, {'producttype': 'L2__CH4___', 'output.file': self.path(
+                '%Y', 'CH4_%Y-%m-%d_%d%%.csv'), 'output.geojson': self.path('%j.geojson')})
+            cso.inquire(cso.read_settings(rcfile), 'my', self.session(space), today=today)
+        self.assertEqual(self.files(), sorted([
+            os.path.join('2026', 'CH4_2026-11-05_05%%.csv'), '309.geojson', 'my.rc']))
+
+
+class TableTest(CatalogueCase):
+    """The csv table, written and read."""
+
+    def test_written_as_documented(self):
+        with DataSpace([CH4]) as space:
+            table = self.table(space, {'producttype': 'L2__CH4___', 'download_url': ZIPPER % '{product_id}'})
+        self.assertEqual(table.decode(), HEADER + CH4_ROW)
+
+    def test_order_and_zeros(self):
+        """Newest start first, equal ones by file name; the first digits stay."""
+        name = 'S5P_%s_L2__NO2____2018043%dT00%s50_20180430T020120_02818_01_%s_20220630T164539.nc'
+        names = [name % parts for parts in (
+            ('RPRO', 0, '20', '010105'), ('OFFL', 0, '19', '010000'), ('OFFL', 0, '19', '010002'),
+            ('RPRO', 0, '19', '010105'), ('NRTI', 0, '18', '010000'))]
+        with DataSpace([s5p(name) for name in reversed(names)]) as space:
+            self.assertEqual(self.names(space), names)
+        rows = cso.read_table(self.path('table.csv'))
+        self.assertEqual([row.filename for row in rows], names)
+        self.assertEqual(rows[0][:6], ('02818', '2018-04-30 00:20:50', '2018-04-30 02:01:20', 'RPRO',
+                                       '01', '010105'))
+
+    def row(self, **fields):
+        return cso.Row(**dict(dict.fromkeys(HEADER.strip().split(';'), ''),
+                              filename=NO2, href=DOWNLOAD % UUID, **fields))
+
+    def test_round_trip(self):
+        rows = [self.row(), self.row(orbit='02818', size='12', md5=32 * 'a', overlap='12.50'),
+                self.row(processing='é;"quoted"')]
+        path = self.path('new', 'folders', 'table.csv')
+        cso.write_table(rows, path, cso.Row._fields, dmode=0o750)
+        self.assertEqual(cso.read_table(path), rows)
+        data = self.read(path)
+        self.assertNotIn(b'\r', data)
+        self.assertIn('é'.encode('utf-8'), data)
+        if os.name == 'posix':
+            self.assertEqual(os.stat(self.path('new')).st_mode & 0o777, 0o750)
+        cso.write_table(rows[:1], path)
+        self.assertEqual(cso.read_table(path), rows[:1])
+        self.assertEqual(self.files(), [os.path.join('new', 'folders', 'table.csv')])
+        cso.write_table([], path)
+        self.assertEqual((self.read(path).decode(), cso.read_table(path)), (HEADER, []))
+
+    def test_tables_that_others_wrote(self):
+        row = CH4_ROW.strip()
+        expected = self.row(orbit='11488', start_time='2020-01-01 02:34:16', processing='RPRO',
+                            end_time='2020-01-01 04:15:46', collection='03', processor_version='020400')
+        expected = expected._replace(filename=CH4.name, href=ZIPPER % UUID)
+        quoted = HEADER + ';'.join('"%s"' % field for field in row.split(';')) + '\n'
+        turned = '\n'.join(';'.join(reversed(line.split(';'))) for line in (HEADER.strip(), row))
+        for what, text in (('unix', HEADER + row + '\n'), ('no end', HEADER + row),
+                           ('dos', (HEADER + row + '\n').replace('\n', '\r\n')),
+                           ('bom', '\ufeff' + HEADER + row + '\n'), ('quoted', quoted),
+                           ('turned', turned), ('blank lines', HEADER + '\n' + row + '\n\n'),
+                           ('spaces', HEADER.replace(';', ' ; ') + row.replace(';', ' ; ')),
+                           ('more columns', HEADER.replace('\n', ';notes\n') + row + ';;\n'[1:])):
+            with self.subTest(what):
+                self.assertEqual(cso.read_table(self.write('t.csv', text)), [expected])
+        few = cso.read_table(self.write('t.csv', 'href;filename\n%s;a.nc\n' % (DOWNLOAD % UUID)))
+        self.assertEqual(few, [self.row()._replace(filename='a.nc')])
+
+    def test_broken_tables(self):
+        good = HEADER + CH4_ROW
+        for line, text, said in (
+                (3, good + CH4_ROW.replace(';03;', ';'), '7 fields.*8'),
+                (3, good + CH4_ROW.strip() + ';more\n', '9 fields.*8'),
+                (4, good + CH4_ROW + '\n'.join(['11488']), '1 fields'),
+                (2, HEADER + CH4_ROW.replace('https:', 'file:'), 'no href'),
+                (2, HEADER + CH4_ROW.replace(ZIPPER % UUID, ''), 'no href'),
+                (3, good + CH4_ROW.replace('value', 'va lue'), 'no href'),
+                (3, good + CH4_ROW.replace(CH4.name, '../' + CH4.name), 'file name'),
+                (3, good + CH4_ROW.replace(CH4.name, 'C:\\x.nc'), 'file name'),
+                (3, good + CH4_ROW.replace(CH4.name, '..'), 'file name'),
+                (3, good + CH4_ROW.replace(CH4.name, ''), 'file name'),
+                (2, 'filename;href;size\na.nc;https://x/;many\n', 'size'),
+                (1, 'a;b\n1;2\n', 'filename and href'), (1, '', 'filename'),
+                (1, HEADER.replace('href', 'url'), 'href'),
+                (1, '<!DOCTYPE html>\n<html>\n', 'filename'),
+                (3, good + '"' + CH4_ROW, '')):
+            with self.subTest(said, text=text):
+                path = self.write('t.csv', text)
+                with self.assertRaisesRegex(cso.TableError, '(?s)^%s:%d: .*%s' % (
+                        re.escape(path), line, said)):
+                    cso.read_table(path)
+        with open(self.path('t.csv'), 'wb') as out:
+            out.write(HEADER.encode() + b'\xff\xfe\x00')
+        for path in (self.path('t.csv'), self.path('missing.csv'), self.folder):
+            with self.subTest(path), self.assertRaisesRegex(cso.TableError, re.escape(path)):
+                cso.read_table(path)
+
+    def test_files_in_the_way(self):
+        self.write('file', 'x')
+        for path in (self.path('file', 'table.csv'), self.folder):
+            with self.subTest(path), self.assertRaises(cso.FileError):
+                cso.write_table([self.row()], path)
+        self.assertEqual(self.files(), ['file'])
+
+
+ORBITS = list(made_products(3))
+TABLE_HEAD = "filename;href;size;md5"
+
+
+def switch_on(space, text):
+    """Switch faults on from a text such as "fin at=100, html times=None"."""
+    for words in filter(None, text.split(", ")):
+        kind, *details = words.split()
+        details = (detail.split("=", 1) for detail in details)
+        space.faults.add(kind, **{name: json.loads(value.replace("None", "null"))
+                                  if re.match(r"[-\d.]+$|None$", value) else value
+                                  for name, value in details})
+
+
+def rows_of_text(text):
+    """The rows of a table typed with two or more spaces between its columns."""
+    return [re.split(r"  +", line.strip()) for line in text.strip().splitlines()]
+
+
+@fault("headless-206", "lying-range", "uninvited-206")
+def fault_of_206(space, request, respond, detail):
+    """206 without Content-Range; with the range asked, but other bytes; or though none was asked."""
+    if detail["kind"] == "uninvited-206":
+        request.range = "bytes=100-"
+    answer = respond()
+    if detail["kind"] == "headless-206":
+        del answer.headers["Content-Range"]
+    elif detail["kind"] == "lying-range":
+        answer.blocks = [bytes(answer.length)]
+    return answer
+
+
+@fault("two-files", "broken-zip", "zip-of-paths")
+def fault_of_zip(space, request, respond, detail):
+    """A zip with two .nc files, one that ends early, or one whose name leads out of the folder."""
+    answer, packed = respond(), io.BytesIO()
+    names = {"two-files": ("a.nc", "b.nc"), "zip-of-paths": ("../../out.nc",)}
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names.get(detail["kind"], ("a.nc",)):
+            archive.writestr(name, answer.body)
+    whole = packed.getvalue()
+    answer.blocks = [whole[:-40] if detail["kind"] == "broken-zip" else whole]
+    answer.length = len(answer.body)
+    return answer
+
+
+class DownloadCase(Case):
+    """A test that looks at requests for bytes, and at what lies in the folder afterwards."""
+
+    def setUp(self):
+        Case.setUp(self)
+        self.use(names_on_loopback({}))
+
+    def new_folder(self):
+        """Go on in an empty folder."""
+        self.folder = tempfile.mkdtemp(dir=os.path.dirname(self.folder))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def asked(self, space, record=None, kind="/$value"):
+        """The (path, headers) of the requests for the bytes of a record, or of all."""
+        return [(path, headers) for _, path, headers, _ in list(space.requests)
+                if path.endswith(kind) and (record is None or record.id in path)]
+
+    def known(self, space, record):
+        return self.task(space, record, size=space.size(record), md5=space.md5(record))
+
+    def assertRight(self, space, *records):
+        for record in records:
+            self.assertEqual(MD5(self.read(record.name)).hexdigest(), space.md5(record),
+                             record.name)
+
+    def assertNothingElse(self, *records):
+        self.assertEqual(self.files(), sorted(record.name for record in records))
+
+    def table(self, space, records, name="table.csv"):
+        rows = ["%s;%s;%d;%s" % (record.name, space.href(record), space.size(record),
+                                 space.md5(record)) for record in records]
+        return self.write(name, "\n".join([TABLE_HEAD] + rows) + "\n")
+
+    def account(self, space, **more):
+        """Put the account of a stand-in into the environment of this process."""
+        os.environ.update(dict(ENVIRON, CDSE_TOKEN_URL=space.token_url), **more)
+
+
+class HttpTest(DownloadCase):
+    """One exchange: who sees the token, where redirects lead, what is tried again and when."""
+
+    def test_who_may_see_the_token(self):
+        for url, trusted, expected in (
+                ("https://dataspace.copernicus.eu/x", (), True),
+                ("https://download.dataspace.copernicus.eu/x", (), True),
+                ("https://DOWNLOAD.DataSpace.Copernicus.EU:443/x", (), True),
+                ("http://127.0.0.1:8000/x", (), True), ("http://localhost:8000/x", (), True),
+                ("http://[::1]:8000/x", (), True),
+                ("https://zipper.creodias.eu/x", ("zipper.creodias.eu",), True),
+                ("https://zipper.creodias.eu/x", (), False),
+                ("https://other.creodias.eu/x", ("zipper.creodias.eu",), False),
+                ("http://zipper.creodias.eu/x", ("zipper.creodias.eu",), False),
+                ("http://download.dataspace.copernicus.eu/x", (), False),
+                ("ftp://download.dataspace.copernicus.eu/x", (), False),
+                ("https://evildataspace.copernicus.eu/x", (), False),
+                ("https://copernicus.eu/x", (), False),
+                ("https://dataspace.copernicus.eu.evil.org/x", (), False),
+                ("https://evil.org/dataspace.copernicus.eu", (), False),
+                ("https://evil.org?https://dataspace.copernicus.eu", (), False),
+                ("https://dataspace.copernicus.eu@evil.org/x", (), False),
+                ("http://127.0.0.1.evil.org/x", (), False), ("http://localhost.evil.org/", (), False)):
+            with self.subTest(url, trusted=trusted):
+                self.assertEqual(bool(cso.may_see_token(url, trusted)), expected)
+
+    def test_which_answers_are_tried_again(self):
+        cases = dict.fromkeys((400, 403, 404), 1)
+        cases.update(dict.fromkeys((408, 429, 500, 502, 503, 504), 3))
+        with DataSpace(ORBITS) as space:
+            for record, (status, tries) in zip(itertools.cycle(ORBITS), sorted(cases.items())):
+                with self.subTest(status):
+                    self.new_folder()
+                    space.faults.clear()
+                    space.faults.add(str(status), times=None, text="the words of the service")
+                    before = space.count("value")
+                    session = self.session(space, retry=cso.Retry(3, 1, 9))
+                    with self.assertRaises(cso.HttpError) as caught:
+                        cso.fetch(self.task(space, record), session)
+                    self.assertEqual((caught.exception.status, space.count("value") - before),
+                                     (status, tries))
+                    self.assertIn("the words of the service", str(caught.exception))
+                    self.assertEqual(self.files(), [])
+
+    def test_an_id_that_is_none_is_not_tried_again(self):
+        with DataSpace(ORBITS) as space:
+            task = cso.Task(space.odata + "/Products(x)/$value", self.path("x.nc"))
+            with self.assertRaises(cso.HttpError) as caught:
+                cso.fetch(task, self.session(space))
+            self.assertEqual((caught.exception.status, self.waits), (422, []))
+
+    def test_waits_grow_up_to_their_bound(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "503 times=6")
+            cso.fetch(self.task(space, ORBITS[0]), self.session(space, retry=cso.Retry(9, 2, 40)))
+            self.assertRight(space, ORBITS[0])
+        self.assertEqual(len(self.waits), 6)
+        for k, wait in enumerate(self.waits):
+            self.assertLessEqual(min(40, 2 * 2 ** k), wait)
+            self.assertLessEqual(wait, min(40, 2 * 2 ** k * 1.25))
+
+    def test_waits_of_many_jobs_differ(self):
+        waits = {cso.Retry(10, 5, 600).wait(3) for _ in range(20)}
+        self.assertGreater(len(waits), 10)
+
+    def test_retry_after(self):
+        for text, low, high in (
+                ("429 retry_after=7", 7, 7), ("503 retry_after=7", 7, 7),
+                ("429 retry_after=date seconds=60", 55, 61), ("429", 1, 1),
+                ("429 retry_after=0", 1, 1), ("503 retry_after=soon", 1, 1),
+                ("429 retry_after=date seconds=-60", 1, 1), ("429 retry_after=500", 500, 500)):
+            with self.subTest(text), DataSpace(ORBITS) as space:
+                self.new_folder()
+                self.waits = []
+                switch_on(space, text)
+                cso.fetch(self.task(space, ORBITS[0]),
+                          self.session(space, retry=cso.Retry(3, 1, 9)))
+                self.assertRight(space, ORBITS[0])
+                self.assertEqual(len(self.waits), 1)
+                self.assertTrue(low <= self.waits[0] <= high, self.waits)
+
+    def test_a_service_that_asks_for_a_day_gets_no_further_try(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "429 times=None retry_after=86400")
+            with self.assertRaisesRegex(cso.HttpError, "86400"):
+                cso.fetch(self.task(space, ORBITS[0]), self.session(space))
+            self.assertEqual((space.count("value"), self.waits), (1, []))
+
+    def test_redirects_on_one_host(self):
+        with DataSpace(ORBITS) as space:
+            session, task = self.session(space), self.known(space, ORBITS[0])
+            for status in (301, 302, 303, 307, 308):
+                for to in ("{target}", "//localhost:%d{target}" % space.port,
+                           "http://localhost:%d{target}" % space.port):
+                    with self.subTest(to, status=status):
+                        space.faults.add("redirect", to=to, status=status)
+                        cso.fetch(task, session)
+                        self.assertRight(space, ORBITS[0])
+                        os.unlink(task.path)
+            self.assertEqual((self.waits, space.logins, space.count("value")), ([], 1, 30))
+
+    def test_a_redirect_to_another_host_goes_without_the_token(self):
+        with DataSpace(ORBITS) as space, DataSpace(ORBITS) as other, names_on_loopback(
+                {"files.example.eu": other}):
+            other.tokens.refusal = lambda header: None
+            space.faults.add("redirect", to="http://files.example.eu{target}")
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertRight(space, ORBITS[0])
+            self.assertEqual([headers.get("Authorization") for _, headers in self.asked(other)],
+                             [None])
+            self.assertIn("Authorization", self.asked(space)[0][1])
+
+    def test_redirects_that_lead_nowhere(self):
+        for to in ("{target}", "file:///etc/hosts", "ftp://127.0.0.1/x", "http://", "//[/"):
+            with self.subTest(to), DataSpace(ORBITS) as space:
+                space.faults.add("redirect", to=to, times=None)
+                with self.assertRaises(cso.HttpError):
+                    cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+                self.assertLessEqual(space.count("value"), 7)
+                self.assertEqual((self.files(), self.waits), ([], []))
+
+    def test_urls_that_are_none(self):
+        for href in ("file:///etc/hosts", "ftp://127.0.0.1/x", "http:///x", "x", "http://[/x"):
+            with self.subTest(href), DataSpace(ORBITS) as space:
+                with self.assertRaises(cso.DataSpaceError):
+                    cso.fetch(cso.Task(href, self.path("x.nc")), self.session(space))
+                self.assertEqual((self.files(), self.waits), ([], []))
+
+    def test_stop_ends_a_request_that_hangs(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "stall-body at=9000")
+            session, ended = self.session(space), []
+
+            def run():
+                try:
+                    cso.fetch(self.known(space, ORBITS[0]), session)
+                except cso.DataSpaceError as error:
+                    ended.append(error)
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            while not space.count("value"):
+                thread.join(0.01)
+            session.stop()
+            thread.join(10)
+            self.assertFalse(thread.is_alive())
+            self.assertEqual(len(ended), 1)
+            self.assertEqual(space.count("value"), 1)
+
+
+class TokenTest(DownloadCase):
+    """Credentials, one token for all, its renewal, its cache; and no secret anywhere."""
+
+    def fetch_all(self, space, session, records=ORBITS):
+        for record in records:
+            cso.fetch(self.known(space, record), session)
+
+    # -- credentials
+
+    def user_of(self, environ, host="127.0.0.1"):
+        """The user whom the token endpoint meets."""
+        with DataSpace(ORBITS) as space:
+            with contextlib.suppress(cso.LoginError):
+                cso.Session(token_url=space.token_url, environ=environ).token.get(host)
+            return dict(urllib.parse.parse_qsl(space.requests[-1][3].decode())).get("username")
+
+    def netrc(self, text, mode=0o600):
+        path = self.write("netrc", text)
+        os.chmod(path, mode)
+        return path
+
+    def test_order_of_credentials(self):
+        hosts = ["127.0.0.1", "zipper.dataspace.copernicus.eu", "download.dataspace.copernicus.eu",
+                 "identity.dataspace.copernicus.eu", "dataspace.copernicus.eu"]
+        lines = ["machine %s login user%d password p%d\n" % (host, k, k)
+                 for k, host in enumerate(hosts)]
+        path = self.netrc("".join(reversed(lines)))
+        self.assertEqual(self.user_of({"NETRC": path, "CDSE_USERNAME": "first",
+                                       "CDSE_PASSWORD": "p"}), "first")
+        self.assertEqual(self.user_of({"NETRC": path, "CDSE_USERNAME": "first"}), "user0")
+        for k in range(len(hosts)):
+            with self.subTest(hosts[k]):
+                path = self.netrc("machine example.eu login x password y\n" + "".join(lines[k:]))
+                self.assertEqual(self.user_of({"NETRC": path}), "user%d" % k)
+
+    def test_netrc_in_the_home_folder(self):
+        os.rename(self.netrc("machine dataspace.copernicus.eu login home password p\n"),
+                  self.path(".netrc"))
+        self.assertEqual(self.user_of({}), "home")
+
+    @unittest.skipIf(os.name == "nt", "there are no modes")
+    def test_netrc_that_others_can_read(self):
+        line = "machine dataspace.copernicus.eu login me password s3cret\n"
+        for mode, refused in ((0o600, False), (0o400, False), (0o640, True), (0o604, True)):
+            with self.subTest("%o" % mode):
+                environ, session = {"NETRC": self.netrc(line, mode)}, None
+                session = cso.Session(environ=environ, token_url="http://127.0.0.1:9/token",
+                                      retry=cso.Retry(1))
+                with self.assertRaises(cso.DataSpaceError) as caught:
+                    session.token.get()
+                self.assertEqual("chmod" in str(caught.exception), refused)
+                self.assertEqual(isinstance(caught.exception, cso.LoginError), refused)
+                os.unlink(environ["NETRC"])
+
+    def test_no_credentials(self):
+        path = self.netrc("machine example.eu login x password y\n")
+        for environ in ({}, {"NETRC": path}, {"NETRC": self.path("missing")}):
+            with self.subTest(environ), DataSpace(ORBITS) as space:
+                with self.assertRaises(cso.LoginError) as caught:
+                    cso.fetch(self.known(space, ORBITS[0]), self.session(space, environ=environ))
+                for place in ("CDSE_USERNAME", "CDSE_PASSWORD", environ.get("NETRC", ".netrc"),
+                              "127.0.0.1", "zipper.", "download.", "identity."):
+                    self.assertIn(place, str(caught.exception))
+                self.assertEqual(space.count("value"), 0)
+
+    def test_a_netrc_that_is_none_is_refused_without_its_words(self):
+        for text in ("machine x login me passwd s3cret\n", "s3cret\n", "machine x login \"s3cret\n"):
+            with self.subTest(text), self.assertRaises(cso.LoginError) as caught:
+                cso.Session(environ={"NETRC": self.netrc(text)}).token.get()
+            self.assertNotIn("s3cret", str(caught.exception))
+
+    def test_codes_of_rfc_6238(self):
+        secret = base64.b32encode(b"12345678901234567890").decode()
+        for now, code in ((59, "287082"), (1111111109, "081804"), (1111111111, "050471"),
+                          (1234567890, "005924"), (2000000000, "279037"), (20000000000, "353130")):
+            with self.subTest(now):
+                self.assertEqual(cso.totp(secret, now), code)
+        for spelt in ("gezd gnbv gy3t qojq gezd gnbv gy3t qojq", "GEZDGNBV-GY3TQOJQ-GEZDGNBV-GY3TQOJQ"):
+            self.assertEqual(cso.totp(spelt, 59), "287082")
+        self.assertRegex(cso.totp("GEZDGNBVGY", 59), r"^\d{6}$")     # unpadded
+
+    def test_two_factors(self):
+        secret = "GEZDGNBVGY3TQOJQ"
+        codes = {"fixed": "123456", "computed": lambda: cso.totp(secret, time.time())}
+        for name, environ in (("fixed", {"CDSE_TOTP": "123456"}),
+                              ("computed", {"CDSE_TOTP_SECRET": secret})):
+            with self.subTest(name), DataSpace(ORBITS, totp=codes[name]) as space:
+                self.new_folder()
+                self.fetch_all(space, self.session(space, environ=dict(ENVIRON, **environ)))
+                self.assertRight(space, *ORBITS)
+        for environ, word in (({}, "CDSE_TOTP"), ({"CDSE_TOTP_SECRET": "1890"}, "CDSE_TOTP_SECRET")):
+            with self.subTest(environ), DataSpace(ORBITS, totp="123456") as space:
+                with self.assertRaisesRegex(cso.LoginError, word):
+                    self.session(space, environ=dict(ENVIRON, **environ)).token.get()
+
+    # -- one token
+
+    def test_one_login_for_all_threads_and_one_logout(self):
+        records = list(made_products(12))
+        with DataSpace(records) as space:
+            with self.session(space) as session:
+                tasks = [self.known(space, record) for record in records]
+                states = [outcome.state for outcome in cso.download(tasks, session)]
+            self.assertEqual(states, ["verified"] * 12)
+            self.assertRight(space, *records)
+            self.assertEqual((space.count("token"), space.count("value"), space.count("product"),
+                              space.logouts), (1, 12, 0, 1))
+
+    def test_size_and_md5_are_asked_once_a_file(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "fin at=100, 503, html")
+            tasks = [self.task(space, record) for record in ORBITS]
+            list(cso.download(tasks, self.session(space)))
+            self.assertRight(space, *ORBITS)
+            self.assertEqual(space.count("product"), 3)
+            paths = [path for path, _ in self.asked(space, kind=")")]
+            self.assertEqual(len(set(paths)), 3)
+
+    def test_renewed_before_it_ends(self):
+        for expires, seconds, refused, counts in (
+                (600, 500, False, (1, 0)), (600, 560, False, (1, 1)), (600, 9000, False, (1, 1)),
+                (600, 9000, True, (2, 0)), (30, 25, False, (1, 1)), (30, 5, False, (1, 0))):
+            with self.subTest((expires, seconds)):
+                now = [1000.0]
+                self.new_folder()
+                with DataSpace(ORBITS, expires_in=expires, refresh_expires_in=20000,
+                               clock=lambda: now[0]) as space:
+                    session = self.session(space, clock=lambda: now[0])
+                    self.fetch_all(space, session, ORBITS[:1])
+                    now[0] += seconds
+                    if refused:
+                        space.revoke_tokens(refresh=True)
+                    self.fetch_all(space, session, ORBITS[1:])
+                    self.assertRight(space, *ORBITS)
+                    self.assertEqual((space.logins, space.refreshes), counts)
+                    self.assertEqual(space.count("value"), 3)       # none of them a 401
+
+    def test_the_clock_on_the_wall_may_jump(self):
+        for hours in (-30, -1, 1, 30):
+            with self.subTest(hours), DataSpace(ORBITS) as space:
+                self.new_folder()
+                session = self.session(space)
+                self.fetch_all(space, session, ORBITS[:1])
+                with mock.patch.object(time, "time", lambda: 1700000000 + 3600 * hours):
+                    self.fetch_all(space, session, ORBITS[1:])
+                self.assertEqual((space.count("token"), space.count("value")), (1, 3))
+
+    def test_401(self):
+        for after, revoke in ((0, False), (3, False), (3, True)):
+            with self.subTest(after, revoke=revoke), DataSpace(list(made_products(6))) as space:
+                self.new_folder()
+                session = self.session(space)
+                if not after:
+                    switch_on(space, "401")
+                self.fetch_all(space, session, space.records[:after])
+                if after:
+                    space.revoke_tokens(refresh=revoke)
+                self.fetch_all(space, session, space.records[after:])
+                self.assertRight(space, *space.records)
+                self.assertEqual((space.count("value"), self.waits), (7, []))
+                self.assertEqual((space.logins, space.refreshes), (2, 0) if revoke else (1, 1))
+
+    def test_threads_that_meet_a_401_renew_once(self):
+        records = list(made_products(9))
+        with DataSpace(records, latency=0.01) as space:
+            session = self.session(space)
+            self.fetch_all(space, session, records[:1])
+            space.revoke_tokens()
+            list(cso.download([self.known(space, record) for record in records[1:]], session))
+            self.assertRight(space, *records)
+            self.assertEqual((space.logins, space.refreshes), (1, 1))
+
+    def test_401_for_ever(self):
+        with DataSpace(list(made_products(9))) as space:
+            switch_on(space, "401 times=None")
+            with self.assertRaises(cso.LoginError):
+                list(cso.download([self.known(space, record) for record in space.records],
+                                  self.session(space, connections=1)))
+            self.assertLessEqual(space.count("value"), 3)
+            self.assertLessEqual(space.count("token"), 2)
+            self.assertEqual(([name for name in self.files() if name.endswith(".nc")], self.waits),
+                             ([], []))
+
+    # -- a token endpoint in trouble
+
+    def test_token_endpoint_in_passing_trouble(self):
+        for text, waits in (("503 on=token", 1), ("503 on=token times=3", 3), ("429 on=token", 1),
+                            ("500 on=token", 1), ("html on=token", 1), ("empty on=token", 1),
+                            ("cut-json on=token", 1), ("drop on=token", 1), ("rst on=token", 1),
+                            ("fin on=token at=5", 1), ("stall-headers on=token", 1),
+                            ("slow on=token seconds=0.02", 0)):
+            with self.subTest(text), DataSpace(ORBITS) as space:
+                self.new_folder()
+                self.waits = []
+                switch_on(space, text)
+                self.fetch_all(space, self.session(space, timeout=0.2, retry=cso.Retry(5, 1, 9)))
+                self.assertRight(space, *ORBITS)
+                self.assertEqual((len(self.waits), space.count("value")), (waits, 3))
+
+    def test_token_endpoint_that_asks_to_wait(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "429 on=token retry_after=33")
+            self.fetch_all(space, self.session(space))
+            self.assertEqual(self.waits, [33])
+
+    def test_a_token_endpoint_down_for_ever_is_asked_so_many_times(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "503 on=token times=None")
+            session = self.session(space, retry=cso.Retry(4, 1, 9))
+            with self.assertRaises(cso.HttpError) as caught:
+                cso.fetch(self.known(space, ORBITS[0]), session)
+            self.assertEqual(caught.exception.status, 503)
+            self.assertEqual((space.count("token"), space.count("value")), (4, 0))
+
+    def test_a_refused_login_says_why_and_ends_the_batch(self):
+        for status in (400, 401):
+            with self.subTest(status), DataSpace(ORBITS, users={"user": "other"},
+                                                 login_status=status) as space:
+                tasks, session = [self.known(space, record) for record in ORBITS], self.session(space)
+                for attempt in (lambda: cso.fetch(tasks[0], session),
+                                lambda: cso.fetch(tasks[1], session),
+                                lambda: list(cso.download(tasks, session))):
+                    with self.assertRaises(cso.LoginError) as caught:
+                        attempt()
+                self.assertIn("Invalid user credentials", str(caught.exception))
+                self.assertIn("CDSE_USERNAME", str(caught.exception))
+                self.assertEqual((space.count("token"), space.count("value"), self.waits),
+                                 (1, 0, []))
+
+    def test_no_password_over_http(self):
+        session = cso.Session(token_url="http://identity.example.eu/token", environ=ENVIRON)
+        with names_on_loopback({}), self.assertRaisesRegex(cso.LoginError, "http"):
+            session.token.get()
+
+    # -- the cache
+
+    def cached(self, space, **options):
+        environ = dict(ENVIRON, CDSE_TOKEN_CACHE=self.path("token"))
+        return self.session(space, environ=environ, **options)
+
+    def test_the_cache_serves_one_session_after_another(self):
+        with DataSpace(ORBITS) as space:
+            for record in ORBITS:
+                with self.cached(space) as session:
+                    self.fetch_all(space, session, [record])
+            self.assertRight(space, *ORBITS)
+            self.assertEqual((space.count("token"), space.count("logout")), (1, 0))
+            self.assertEqual(self.files(), sorted([r.name for r in ORBITS] + ["token"]))
+            if os.name == "posix":
+                self.assertEqual(os.stat(self.path("token")).st_mode & 0o777, 0o600)
+
+    def test_two_sessions_on_one_cache_renew_once(self):
+        with DataSpace(list(made_products(6))) as space:
+            sessions = self.cached(space), self.cached(space)
+            for session, record in zip(sessions, space.records):
+                self.fetch_all(space, session, [record])
+            space.revoke_tokens()
+            for session, record in zip(sessions, space.records[2:]):
+                self.fetch_all(space, session, [record])
+            self.assertRight(space, *space.records[:4])
+            self.assertEqual((space.logins, space.refreshes), (1, 1))
+
+    def test_a_cache_that_does_not_serve(self):
+        """A token that was revoked meanwhile, or what is none, is replaced by another."""
+        def garbage(space):
+            self.write("token", "{")
+
+        def emptied(space):
+            self.write("token", "")
+
+        def revoked(space):
+            space.revoke_tokens(refresh=True)
+
+        def refreshable(space):
+            space.revoke_tokens()
+
+        def left_claim(space):
+            os.unlink(self.path("token"))
+            os.utime(self.write("token.login", ""), (1, 1))
+        for spoil in (garbage, emptied, revoked, refreshable, left_claim):
+            with self.subTest(spoil.__name__), DataSpace(ORBITS) as space:
+                self.new_folder()
+                self.fetch_all(space, self.cached(space), ORBITS[:1])
+                spoil(space)
+                if os.path.exists(self.path("token")):
+                    os.chmod(self.path("token"), 0o600)
+                self.fetch_all(space, self.cached(space), ORBITS[1:])
+                self.assertRight(space, *ORBITS)
+                self.assertEqual(space.logins + space.refreshes, 2)
+
+    def test_the_cache_of_another_account_is_not_used(self):
+        with DataSpace(ORBITS, users={"user": "password", "other": "password"}) as space:
+            self.fetch_all(space, self.cached(space), ORBITS[:1])
+            environ = dict(ENVIRON, CDSE_USERNAME="other", CDSE_TOKEN_CACHE=self.path("token"))
+            self.fetch_all(space, self.session(space, environ=environ), ORBITS[1:])
+            self.assertEqual(space.logins, 2)
+
+    def test_a_cache_from_another_time_is_not_used(self):
+        for hours in (-5, 5):
+            with self.subTest(hours), DataSpace(ORBITS) as space:
+                self.new_folder()
+                first, second = self.cached(space), self.cached(space)
+                first.token.now = lambda: time.time() + 3600 * hours
+                self.fetch_all(space, first, ORBITS[:1])
+                self.fetch_all(space, second, ORBITS[1:])
+                self.assertRight(space, *ORBITS)
+                self.assertEqual((space.logins + space.refreshes, space.count("value")), (2, 3))
+
+    @unittest.skipIf(os.name == "nt", "there are no modes")
+    def test_a_cache_that_others_can_read_is_refused(self):
+        with DataSpace(ORBITS) as space:
+            self.fetch_all(space, self.cached(space), ORBITS[:1])
+            os.chmod(self.path("token"), 0o644)
+            with self.assertRaisesRegex(cso.LoginError, "chmod"):
+                self.fetch_all(space, self.cached(space), ORBITS[1:])
+
+    def test_a_cache_where_none_can_be(self):
+        environ = dict(ENVIRON, CDSE_TOKEN_CACHE=self.path("missing", "token"))
+        with DataSpace(ORBITS) as space, self.assertRaises(cso.DataSpaceError):
+            self.session(space, environ=environ).token.get()
+
+    # -- pickling, secrets
+
+    def test_pickled_sessions_have_no_token(self):
+        with DataSpace(ORBITS) as space:
+            self.account(space)
+            session = self.session(space, sleep=None, trusted=["zipper.creodias.eu"],
+                                   connections=2)
+            downloader = cso.CSO_DataSpace_Downloader()
+            downloader.CreateToken(space.href(ORBITS[0]))
+            self.fetch_all(space, session, ORBITS[:1])
+            for owner in (session, downloader):
+                data = pickle.dumps(owner)
+                for secret in list(space.tokens.access) + list(space.tokens.renewal) + ["password"]:
+                    self.assertNotIn(secret.encode(), data)
+            copy = pickle.loads(pickle.dumps(session))
+            self.assertEqual((copy.connections, copy.trusted), (2, ("zipper.creodias.eu",)))
+            self.fetch_all(space, copy, ORBITS[1:2])
+            pickle.loads(pickle.dumps(downloader)).DownloadFile(
+                space.href(ORBITS[2]), self.path(ORBITS[2].name))
+            self.assertRight(space, *ORBITS)
+            self.assertEqual(space.logins, 4)
+
+    def test_errors_can_be_pickled(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "404")
+            with self.assertRaises(cso.HttpError) as caught:
+                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+        copy = pickle.loads(pickle.dumps(caught.exception))
+        self.assertEqual((str(copy), copy.status), (str(caught.exception), 404))
+
+    def test_no_secret_is_shown(self):
+        """Neither printed, logged, raised, pickled, written nor put in a url."""
+        password, secret = "pass/W0rd %&;", "GEZDGNBVGY3TQOJQ"
+        seen = []
+        for users, faults in (
+                ({"user": password}, ""), ({"user": password}, "503, fin at=100, html, 404"),
+                ({"user": "another"}, ""), ({"user": password}, "401 times=None"),
+                ({"user": password}, "redirect to=http://files.example.eu{target} times=None"),
+                ({"user": password}, "redirect to={target} times=None"),
+                ({"user": password}, "400 on=token"), ({"user": password}, "html on=token times=2")):
+            with DataSpace(ORBITS, users=users) as space, DataSpace(ORBITS) as other, \
+                    names_on_loopback({"files.example.eu": other}):
+                self.new_folder()
+                self.account(space, CDSE_PASSWORD=password, CDSE_TOTP_SECRET=secret)
+                with mock.patch.object(cso.Retry, "wait", lambda *args: 0):
+                    switch_on(space, faults)
+                    seen += self.run_main("download", "-v", self.table(space, ORBITS), "--dir",
+                                          self.path("data"), "--report", self.path("report.csv"))
+                    switch_on(space, faults)
+                    session = cso.Session()
+                    try:
+                        self.fetch_all(space, session)
+                    except cso.DataSpaceError as error:
+                        seen += [str(error), repr(error), pickle.dumps(error), repr(vars(error)),
+                                 repr(error.__cause__), repr(error.__context__)]
+                    seen += [pickle.dumps(session), repr(session), repr(session.token.credentials),
+                             repr(session.token.grant)]
+                for host in (space, other):
+                    seen += [target for _, target, _, _ in host.requests]
+                seen += [repr((headers, body)) for _, _, headers, body in other.requests]
+                seen += [self.read(name) for name in self.files()]
+                tokens = list(space.tokens.access) + list(space.tokens.renewal)
+                words = tokens + [password, urllib.parse.quote_plus(password), secret,
+                                  urllib.parse.quote(password)]
+                text = "\n".join(item.decode("latin-1") if isinstance(item, bytes) else str(item)
+                                 for item in seen)
+                self.assertEqual([word for word in words if word in text], [], faults)
+                self.assertIn("S5P_OFFL", text)
+
+    def test_null_auth(self):
+        self.assertEqual(cso.NullAuth()("request"), "request")
+        try:
+            import requests
+        except ImportError:
+            self.skipTest("requests is not installed")
+        os.environ["NETRC"] = self.netrc("machine 127.0.0.1 login me password p\n")
+        with DataSpace(ORBITS) as space:
+            for auth, kind in ((None, "Basic"), (cso.NullAuth(), "Bearer")):
+                requests.get(space.href(ORBITS[0]), auth=auth, timeout=5,
+                             headers={"Authorization": "Bearer x"}).close()
+                self.assertEqual(space.requests[-1][2]["Authorization"].split()[0], kind)
+
+
+# Faults that the requests for one file meet in turn; how the file ends; requests for its bytes.
+# Size and MD5 are known, four tries are allowed.
+FAULTS_OF_A_FILE = rows_of_text("""
+    drop                                        verified    2
+    drop, drop, rst at=0                        verified    4
+    chunked                                     verified    2
+    chunked-ok                                  verified    1
+    chunked at=0                                verified    2
+    no-length                                   verified    1
+    cut at=10000                                verified    2
+    cut at=10000, cut at=19999                  verified    3
+    flip at=0                                   verified    2
+    flip at=19999                               verified    2
+    html                                        verified    2
+    json                                        verified    2
+    empty                                       verified    2
+    408, 500, 502                               verified    4
+    503 times=3                                 verified    4
+    429 times=3                                 verified    4
+    changed                                     failed      3
+    stall-headers                               verified    2
+    stall-body at=0                             verified    2
+    stall-body at=10000                         verified    2
+    trickle every=0.02                          verified    2
+    fin at=8000, fin at=8000                    verified    3
+    fin at=8000, rst at=0, drop                 verified    4
+    fin at=8000, ignore-range                   verified    2
+    fin at=8000, wrong-range                    verified    3
+    fin at=8000, wrong-range by=-100            verified    3
+    fin at=8000, headless-206                   verified    3
+    fin at=8000, lying-range                    verified    3
+    fin at=8000, 416                            verified    3
+    fin at=8000, html                           verified    3
+    fin at=8000, json                           verified    3
+    fin at=8000, empty                          verified    3
+    fin at=8000, 503, 429                       verified    4
+    fin at=8000, flip at=100                    verified    3
+    fin at=8000, cut at=100                     verified    3
+    fin at=8000, chunked at=100                 verified    3
+    fin at=8000, redirect to={target}           verified    3
+    fin at=8000, 401                            verified    3
+    fin at=3, ignore-range, fin at=8000         verified    3
+    flip at=7000, fin at=8000                   verified    3
+    zip                                         verified    1
+    broken-zip                                  verified    2
+    zip-of-paths                                verified    1
+    uninvited-206                               verified    2
+    two-files times=None                        failed      1
+    400 times=None                              failed      1
+    403 times=None                              failed      1
+    404 times=None                              failed      1
+    503 times=None                              failed      4
+    html times=None                             failed      4
+    fin at=0 times=None                         failed      4
+    fin at=100 times=None                       failed      4
+    flip at=50 times=None                       failed      3
+    cut at=50 times=None                        failed      3
+    broken-zip times=None                       failed      4
+    """)
+
+# The same where the catalogue knows no MD5: nobody can see a flipped byte then.
+FAULTS_WITHOUT_MD5 = rows_of_text("""
+    drop                                        size only   2
+    fin at=8000                                 size only   2
+    fin at=8000, ignore-range                   size only   2
+    fin at=8000, wrong-range                    size only   3
+    fin at=8000, headless-206                   size only   3
+    fin at=8000, 416                            size only   3
+    fin at=8000, html                           size only   3
+    fin at=8000, changed                        size only   2
+    fin at=8000, changed, fin at=9000           size only   2
+    cut at=100                                  size only   2
+    chunked at=100                              size only   2
+    html                                        size only   2
+    json                                        size only   2
+    empty                                       size only   2
+    zip                                         size only   1
+    html times=None                             failed      4
+    """)
+
+
+class DownloadTest(DownloadCase):
+    """A file is complete and checked, or absent and reported."""
+
+    def one_of_three(self, space, faults, **options):
+        """The outcome of the middle one of three files; the others must be right."""
+        self.new_folder()
+        space.faults.clear()
+        middle, target = space.records[1], space.find(space.records[1].id)
+        for words in faults.split(", "):
+            switch_on(space, "%s name=%s" % (words, middle.id))
+        options.setdefault("retry", cso.Retry(4, 1, 9))
+        session = self.session(space, timeout=0.15, **options)
+        tasks = [self.task(space, record) for record in space.records]
+        outcomes = {outcome.filename: outcome for outcome in cso.download(tasks, session)}
+        self.assertRight(space, space.records[0], space.records[2])
+        outcome = outcomes[target.name]
+        if outcome.state == "failed":
+            self.assertFalse(os.path.exists(self.path(target.name)))
+            self.assertIn(target.name, outcome.message + space.href(target).replace(
+                target.id, target.name))
+            self.assertTrue(outcome.message)
+        else:
+            self.assertRight(space, target)
+            self.assertNothingElse(*space.records)
+        return outcome
+
+    def check_faults(self, space, rows):
+        for faults, state, requests in rows:
+            with self.subTest(faults):
+                before = len(self.asked(space, space.records[1]))
+                outcome = self.one_of_three(space, faults)
+                asked = len(self.asked(space, space.records[1])) - before
+                self.assertEqual((outcome.state, asked), (state, int(requests)), outcome.message)
+
+    def test_faults(self):
+        with DataSpace(ORBITS) as space:
+            self.check_faults(space, FAULTS_OF_A_FILE)
+
+    def test_faults_without_md5(self):
+        with DataSpace(made_products(3, checksum="")) as space:
+            self.check_faults(space, FAULTS_WITHOUT_MD5)
+
+    def test_connections_that_end_at_any_byte(self):
+        with DataSpace(ORBITS) as space:
+            for kind in ("fin", "rst"):
+                for at in (0, 1, 7, 8, 9, 64, 9999, 19999):
+                    with self.subTest(kind, at=at):
+                        outcome = self.one_of_three(space, "%s at=%d" % (kind, at))
+                        self.assertEqual(outcome.state, "verified")
+
+    def test_a_broken_transfer_goes_on_where_it_stopped(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "fin at=8000")
+            outcome = cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertEqual(outcome.bytes, 20000)
+            first, second = [headers for _, headers in self.asked(space, ORBITS[0])]
+            self.assertNotIn("Range", first)
+            self.assertEqual(second["Range"], "bytes=8000-")
+            self.assertIn("If-Range", second)
+
+    def test_a_page_on_resume_leaves_the_bytes_that_are_there(self):
+        for page in ("html", "json"):
+            with self.subTest(page), DataSpace(ORBITS) as space:
+                self.new_folder()
+                switch_on(space, "fin at=8000, " + page)
+                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+                self.assertEqual([headers.get("Range") for _, headers in self.asked(space)],
+                                 [None, "bytes=8000-", "bytes=8000-"])
+
+    def test_what_is_unknown_of_a_file(self):
+        zeros = "0" * 32
+        for stated, checksum, state in (
+                (None, "MD5", "verified"), (0, "MD5", "verified"), (-1, "MD5", "verified"),
+                (None, "", "size only"), (None, "N/A", "size only"), (None, zeros, "size only"),
+                (0, "", "unverified"), (-1, "N/A", "unverified"), (0, zeros, "unverified")):
+            with self.subTest((stated, checksum)), DataSpace(
+                    made_products(1, stated=stated, checksum=checksum)) as space:
+                self.new_folder()
+                switch_on(space, "fin at=9000")
+                task = self.task(space, space.records[0])
+                outcome, = cso.download([task], self.session(space))
+                self.assertEqual(outcome.state, state)
+                self.assertRight(space, space.records[0])
+
+    def test_a_flipped_byte_that_nobody_can_see_is_never_called_verified(self):
+        with DataSpace(made_products(1, checksum="")) as space:
+            switch_on(space, "flip")
+            outcome = cso.fetch(self.task(space, space.records[0]), self.session(space))
+            self.assertEqual(outcome.state, "size only")
+
+    def test_what_the_table_says_is_not_asked(self):
+        with DataSpace(ORBITS) as space:
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertEqual(space.count("product"), 0)
+            wrong = self.known(space, ORBITS[1])._replace(md5="1" * 32)
+            with self.assertRaisesRegex(cso.CheckError, "MD5"):
+                cso.fetch(wrong, self.session(space))
+            short = self.known(space, ORBITS[2])._replace(size=19999)
+            with self.assertRaisesRegex(cso.CheckError, "19999"):
+                cso.fetch(short, self.session(space))
+            self.assertNothingElse(ORBITS[0])
+
+    def test_a_file_that_is_there_is_not_fetched_again(self):
+        with DataSpace(ORBITS) as space:
+            tasks = [self.task(space, record) for record in ORBITS]
+            list(cso.download(tasks, self.session(space)))
+            again = [outcome.state for outcome in cso.download(tasks, self.session(space))]
+            self.assertEqual((again, space.count("value")), (["present"] * 3, 3))
+
+    def test_a_file_of_another_size_is_replaced_when_the_right_one_is_there(self):
+        with DataSpace(ORBITS) as space:
+            self.write(ORBITS[0].name, "short")
+            switch_on(space, "404")
+            with self.assertRaises(cso.HttpError):
+                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertEqual(self.read(ORBITS[0].name), b"short")
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertRight(space, ORBITS[0])
+
+    def test_a_failed_file_is_gone_on_with_in_the_next_run(self):
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "fin at=8000, 404")
+            for state in ("failed", "verified"):
+                outcome, = cso.download([self.known(space, ORBITS[0])], self.session(space))
+                self.assertEqual(outcome.state, state)
+            self.assertRight(space, ORBITS[0])
+            self.assertNothingElse(ORBITS[0])
+            self.assertEqual([headers.get("Range") for _, headers in self.asked(space)],
+                             [None, "bytes=8000-", "bytes=8000-"])
+
+    def test_an_object_that_changed_between_two_runs_is_not_mixed(self):
+        for fields in ({}, {"checksum": ""}):
+            with self.subTest(fields), DataSpace(made_products(1, **fields)) as space:
+                self.new_folder()
+                record, = space.records
+                switch_on(space, "fin at=8000, 404")
+                outcome, = cso.download([self.task(space, record)], self.session(space))
+                self.assertEqual(outcome.state, "failed")
+                space.change(record.id)
+                cso.fetch(self.task(space, record), self.session(space))
+                self.assertRight(space, record)
+                self.assertNothingElse(record)
+
+    # -- zips
+
+    def test_two_files_in_a_zip_are_refused(self):
+        with DataSpace(made_products(1, stated=0, checksum="")) as space:
+            switch_on(space, "two-files")
+            with self.assertRaisesRegex(cso.CheckError, "2 .nc files"):
+                cso.fetch(self.task(space, space.records[0]), self.session(space))
+            self.assertEqual((self.files(), self.waits), ([], []))
+
+    def test_one_file_in_a_zip_is_unpacked_though_nothing_is_known_of_it(self):
+        with DataSpace(made_products(2, stated=0, checksum="")) as space:
+            switch_on(space, "zip, zip-of-paths")
+            for record in space.records:
+                cso.fetch(self.task(space, record), self.session(space))
+            self.assertRight(space, *space.records)
+            self.assertNothingElse(*space.records)
+
+    def test_directory_products_stay_zips(self):
+        record = next(record for record in RECORDS if record.name.endswith(".SAFE"))
+        with DataSpace([record]) as space:
+            switch_on(space, "broken-zip, zip")
+            table = self.write("table.csv", "filename;href\n%s;%s\n" % (record.name,
+                                                                         space.href(record)))
+            task, = cso.tasks_of(cso.read_table(table), self.folder)
+            self.assertEqual(task.path, self.path(record.name + ".zip"))
+            outcome = cso.fetch(task, self.session(space))
+            self.assertEqual((outcome.state, space.count("value")), ("verified", 2))
+            with zipfile.ZipFile(task.path) as archive:
+                self.assertIsNone(archive.testzip())
+            self.assertEqual(cso.fetch(task, self.session(space)).state, "present")
+
+    # -- the disk
+
+    def full_disk(self, space_left, number):
+        """An open() that finds the disk full after so many bytes, buffered as files are."""
+        class Disk(io.FileIO):
+            def write(self, data):
+                nonlocal space_left
+                if space_left < len(data):
+                    raise OSError(number, os.strerror(number))
+                space_left -= len(data)
+                return io.FileIO.write(self, data)
+
+        def fake(path, mode="r", *args, **kwargs):
+            if mode == "wb" and not isinstance(path, int):
+                return io.BufferedWriter(Disk(path, "w"))
+            return open(path, mode, *args, **kwargs)
+        return mock.patch.object(cso, "open", fake, create=True)
+
+    def test_a_full_disk_ends_the_batch(self):
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            with self.subTest(errno.errorcode[number]), DataSpace(
+                    list(made_products(9)), content_size=100000) as space:
+                self.new_folder()
+                tasks = [self.known(space, record) for record in space.records]
+                with self.full_disk(250000, number), self.assertRaises(cso.FileError) as caught:
+                    list(cso.download(tasks, self.session(space, connections=1)))
+                self.assertTrue(caught.exception.full)
+                self.assertRight(space, *space.records[:2])
+                self.assertLessEqual(space.count("value"), 4)
+                self.assertEqual(self.waits, [])
+                for outcome in cso.download(tasks, self.session(space)):
+                    self.assertIn(outcome.state, ("verified", "present"))
+                self.assertRight(space, *space.records)
+                self.assertNothingElse(*space.records)
+
+    def test_a_disk_known_to_be_too_small_is_not_begun_with(self):
+        usage = shutil.disk_usage(self.folder)._replace(free=50000)
+        with DataSpace(ORBITS) as space:
+            tasks = [self.known(space, record) for record in ORBITS]
+            with mock.patch.object(shutil, "disk_usage", lambda path: usage), \
+                    self.assertRaises(cso.FileError) as caught:
+                list(cso.download(tasks, self.session(space)))
+            self.assertTrue(caught.exception.full)
+            self.assertEqual((space.requests, self.files()), ([], []))
+
+    def test_where_no_file_can_be(self):
+        self.write("file", "")
+        places = {"a file": self.path("file", "x.nc"), "long": self.path("x" * 300 + ".nc")}
+        for name, path in places.items():
+            with self.subTest(name), DataSpace(ORBITS) as space:
+                wrong = self.known(space, ORBITS[0])._replace(path=path)
+                right = self.known(space, ORBITS[1])
+                wrong, right = sorted(cso.download([wrong, right], self.session(space)),
+                                      key=lambda outcome: outcome.filename == right.path)
+                states = {wrong.filename: wrong, right.filename: right}
+                self.assertEqual(states[os.path.basename(path)].state, "failed")
+                self.assertIn(os.path.basename(path)[:20], states[os.path.basename(path)].message
+                              + states[os.path.basename(path)].filename)
+                self.assertRight(space, ORBITS[1])
+                os.unlink(self.path(ORBITS[1].name))
+                self.assertEqual(self.files(), ["file"])
+
+    # -- MD5 where it is forbidden
+
+    def test_fips(self):
+        def refuse(*data, **options):
+            raise ValueError("disabled for FIPS")
+        with DataSpace(ORBITS) as space, mock.patch.object(hashlib, "md5", refuse):
+            switch_on(space, "fin at=9000, cut at=100")
+            states = [cso.fetch(self.task(space, record), self.session(space)).state
+                      for record in ORBITS]
+            self.assertEqual(states, ["size only"] * 3)
+            self.assertRight(space, *ORBITS)
+
+    def test_a_python_whose_md5_takes_no_keyword(self):
+        def old(*data):
+            return MD5(*data)
+        with DataSpace(ORBITS) as space, mock.patch.object(hashlib, "md5", old):
+            self.assertEqual(cso.fetch(self.task(space, ORBITS[0]), self.session(space)).state,
+                             "verified")
+
+    # -- others at the same file
+
+    def part_left(self, space, record, owner=None):
+        """Leave the part of a broken transfer, under the name of this or of another process."""
+        switch_on(space, "fin at=8000, 404")
+        with self.assertRaises(cso.HttpError):
+            cso.fetch(self.known(space, record), self.session(space))
+        part, = [name for name in self.files() if name.endswith(".part")]
+        if owner is not None:
+            other = re.sub(r"\.nc\..*-\d+-(\d+)\.part$", r".nc.%s-\1.part" % owner, part)
+            self.assertNotEqual(part, other)
+            os.rename(self.path(part), self.path(other))
+            part = other
+        return self.path(part)
+
+    def test_a_file_that_another_process_fetches_is_waited_for(self):
+        with DataSpace(ORBITS) as space:
+            part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
+
+            def other_goes_on(seconds):
+                with open(self.path(ORBITS[0].name), "wb") as out:
+                    out.write(space.body(ORBITS[0]))
+                os.unlink(part)
+            outcome = cso.fetch(self.known(space, ORBITS[0]),
+                                self.session(space, sleep=other_goes_on))
+            self.assertEqual((outcome.state, space.count("value")), ("present", 2))
+            self.assertNothingElse(ORBITS[0])
+
+    def test_a_part_that_nobody_writes_to_is_taken_over(self):
+        with DataSpace(ORBITS) as space:
+            part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
+            os.utime(part, (1, 1))
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertRight(space, ORBITS[0])
+            self.assertNothingElse(ORBITS[0])
+            self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=8000-")
+
+    def test_a_spoilt_part_does_no_harm(self):
+        for spoilt in (b"", b"x" * 8000, b"x" * 20000, b"x" * 30000):
+            with self.subTest(len(spoilt)), DataSpace(ORBITS) as space:
+                self.new_folder()
+                with open(self.part_left(space, ORBITS[0]), "wb") as out:
+                    out.write(spoilt)
+                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+                self.assertRight(space, ORBITS[0])
+                self.assertNothingElse(ORBITS[0])
+
+    def test_a_whole_part_needs_no_further_request(self):
+        with DataSpace(ORBITS) as space:
+            with open(self.part_left(space, ORBITS[0]), "wb") as out:
+                out.write(space.body(ORBITS[0]))
+            before = space.count("value")
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertRight(space, ORBITS[0])
+            self.assertEqual(space.count("value"), before)
+
+    def test_two_threads_at_one_target(self):
+        with DataSpace(ORBITS, latency=0.02) as space:
+            outcomes = list(cso.download([self.known(space, ORBITS[0])] * 4, self.session(
+                space, sleep=lambda seconds: time.sleep(min(seconds, 0.01)))))
+            self.assertEqual(sorted(outcome.state for outcome in outcomes),
+                             ["present"] * 3 + ["verified"])
+            self.assertRight(space, ORBITS[0])
+            self.assertNothingElse(ORBITS[0])
+            self.assertEqual(space.count("value"), 1)
+
+    # -- how many at once
+
+    def test_at_most_so_many_transfers(self):
+        records = list(made_products(10))
+        for connections in (1, 2, 4):
+            with self.subTest(connections), DataSpace(records, content_size=16,
+                                                      max_transfers=None) as space:
+                self.new_folder()
+                switch_on(space, "trickle times=None every=0.002")
+                tasks = [self.known(space, record) for record in records]
+                list(cso.download(tasks, self.session(space, connections=connections)))
+                self.assertRight(space, *records)
+                self.assertEqual(space.peak_transfers, connections)
+                self.assertEqual((space.count("value"), space.count("token")), (10, 1))
+
+    def test_429_lowers_the_number_of_connections(self):
+        records = list(made_products(12))
+        with DataSpace(records, content_size=16, max_transfers=2) as space:
+            switch_on(space, "trickle times=None every=0.002")
+            tasks = [self.known(space, record) for record in records]
+            session = self.session(space, connections=4,
+                                   sleep=lambda seconds: space.closing.wait(0.01))
+            list(cso.download(tasks, session))
+            self.assertRight(space, *records)
+            self.assertLessEqual(space.count("value"), 12 + 3)
+            self.assertGreater(space.count("value"), 12)
+
+    def test_a_server_that_frees_transfers_late(self):
+        records = list(made_products(6))
+        with DataSpace(records, max_transfers=2, release_delay=0.02) as space:
+            tasks = [self.known(space, record) for record in records]
+            session = self.session(space, retry=cso.Retry(50, 1, 9),
+                                   sleep=lambda seconds: space.closing.wait(0.01))
+            states = [outcome.state for outcome in cso.download(tasks, session)]
+            self.assertEqual(states, ["verified"] * 6)
+            self.assertRight(space, *records)
+
+    # -- the original names
+
+    def test_signatures(self):
+        cls = cso.CSO_DataSpace_Downloader
+        for function, promised in (
+                (cls, "()"), (cls.CreateToken, "(self, href, indent='')"),
+                (cls.DownloadFile, "(self, href, output_file, maxtry=10, nsec_wait=5, "
+                                   "nsec_wait_max=600, dmode=None, indent='')"), (cso.NullAuth, "()")):
+            with self.subTest(function.__name__):
+                found = str(inspect.signature(function))
+                self.assertTrue(re.sub(r"(, \*, .*)?\)$", ")", found) == promised, found)
+
+    def test_downloader(self):
+        with DataSpace(ORBITS) as space:
+            self.account(space)
+            downloader = cso.CSO_DataSpace_Downloader()
+            downloader.CreateToken(space.href(ORBITS[0]))
+            self.assertEqual((space.logins, space.count("value")), (1, 0))
+            for record in ORBITS:
+                downloader.DownloadFile(space.href(record), self.path("new", record.name), indent="  ")
+            self.assertEqual((space.count("token"), space.count("value")), (1, 3))
+            self.assertEqual(self.files(), ["new/" + record.name for record in ORBITS])
+
+    def test_downloader_keeps_its_number_of_tries(self):
+        for on, text in (("value", "503"), ("token", "503"), ("product", "503"), ("token", "rst at=0")):
+            with self.subTest(text, on=on), DataSpace(ORBITS) as space:
+                self.account(space)
+                self.waits = []
+                switch_on(space, "%s on=%s times=None" % (text, on))
+                with mock.patch.object(threading.Event, "wait",
+                                       lambda event, seconds=None: self.waits.append(seconds)):
+                    with self.assertRaises(cso.DataSpaceError):
+                        cso.CSO_DataSpace_Downloader().DownloadFile(
+                            space.href(ORBITS[0]), self.path("x.nc"), 3, 2, 3)
+                self.assertEqual(space.count(on), 3)
+                waits = [seconds for seconds in self.waits if seconds and seconds >= 1]
+                self.assertEqual(waits, [2, 3])
+
+    @unittest.skipIf(os.name == "nt", "there are no modes")
+    def test_modes_of_new_directories(self):
+        before = os.umask(0o077)
+        self.addCleanup(os.umask, before)
+        with DataSpace(ORBITS) as space:
+            self.account(space)
+            downloader = cso.CSO_DataSpace_Downloader()
+            for k, (dmode, expected) in enumerate((
+                    (0o775, 0o775), (0o2775, 0o2775), (777, 0o777), (755, 0o755), ("777", 0o777),
+                    ("0o775", 0o775), ("2775", 0o2775), (None, 0o700))):
+                with self.subTest(dmode):
+                    folder = self.path("old%d" % k)
+                    os.mkdir(folder)
+                    downloader.DownloadFile(space.href(ORBITS[0]), os.path.join(
+                        folder, "a", "b", "x.nc"), dmode=dmode)
+                    for path in ("a", "a/b"):
+                        mode = os.stat(os.path.join(folder, path)).st_mode & 0o7777
+                        self.assertEqual("%o" % mode, "%o" % expected)
+                    self.assertEqual(os.stat(folder).st_mode & 0o777, 0o700)
+            for dmode in ("rwx", "999", -1):
+                with self.subTest(dmode), self.assertRaises(cso.DataSpaceError):
+                    downloader.DownloadFile(space.href(ORBITS[0]), self.path("z", "x.nc"),
+                                            dmode=dmode)
+
+
+OLD_TABLE = """\
+orbit;start_time;end_time;processing;collection;processor_version;filename;href
+03697;2018-07-01 00:13:10;2018-07-01 01:54:40;OFFL;01;010002;{name};{href}
+"""
+TABLES = {
+    "eight columns": OLD_TABLE,
+    "crlf": OLD_TABLE.replace("\n", "\r\n"),
+    "no newline at the end": OLD_TABLE.rstrip("\n"),
+    "empty lines": OLD_TABLE.replace("\n", "\n\n"),
+    "byte order mark": "\ufeff" + OLD_TABLE,
+    "quoted fields": 'filename;href\n"{name}";"{href}"\n',
+    "quoted uuid": OLD_TABLE.replace("{href}", "{quoted}"),
+    "doubly quoted uuid": 'filename;href\n{name};"{quoted}"\n'.replace("{quoted}", "{double}"),
+    "more columns": "mine;filename;href;size;yours\n1;{name};{href};20000;2\n",
+    "another order": "href;orbit;filename\n{href};03697;{name}\n",
+    "md5": "md5;filename;href\n{md5};{name};{href}\n",
+    "md5 in capitals": "md5;filename;href\n{MD5};{name};{href}\n",
+    "no md5": "md5;filename;size;href\nN/A;{name};;{href}\n",
+}
+BROKEN_TABLES = {               # the second row is the broken one, if not said otherwise
+    "a field too few": "x.nc", "a field too many": "x.nc;{href};1", "no name": ";{href}",
+    "a path": "../x.nc;{href}", "an absolute path": "/tmp/x.nc;{href}", "dots": "..;{href}",
+    "a drive": "c:x.nc;{href}", "a backslash": "a\\x.nc;{href}", "a control": "x\x01.nc;{href}",
+    "no href": "x.nc;", "no url": "x.nc;www", "another scheme": "x.nc;file:///etc/hosts",
+    "javascript": "x.nc;javascript:x", "an open quote": '"x.nc;{href}'}
+
+
+@unittest.skipIf(os.name == "nt", "signals are another matter there")
+class BatchTest(DownloadCase):
+    """The program as it is run: tables, processes side by side, signals, report, exit status."""
+
+    def start(self, space, *args, **environ):
+        """A process of the program with the account of the stand-in."""
+        environ = dict(os.environ, CDSE_TOKEN_URL=space.token_url, PYTHONPATH=os.path.dirname(
+            os.path.abspath(cso.__file__)), **dict(ENVIRON, **environ))
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "cso_dataspace"] + list(args), env=environ,
+            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        if process.poll() is None:
+            process.kill()
+        self.finish(process)
+
+    def finish(self, process):
+        """Exit status, stdout and stderr of a process; long before a time-out of 60 s."""
+        if not process.stdout.closed:
+            process.said = process.communicate(timeout=30)
+        return (process.returncode,) + process.said
+
+    def sent(self, space, count):
+        """Wait until a part holds so many bytes."""
+        for _ in range(2000):
+            with contextlib.suppress(FileNotFoundError):        # it was renamed just now
+                if any(os.path.getsize(self.path(name)) >= count for name in self.files()
+                       if name.endswith(".part")):
+                    return
+            space.closing.wait(0.01)
+        self.fail("no part came")
+
+    def download(self, space, table, *args):
+        self.account(space)
+        return self.run_main("download", table, "--dir", self.path("data"), *args)
+
+    # -- tables
+
+    def test_old_tables(self):
+        with DataSpace(ORBITS) as space:
+            record = ORBITS[0]
+            href = space.href(record)
+            words = dict(name=record.name, href=href, md5=space.md5(record),
+                         MD5=space.md5(record).upper(),
+                         quoted=href.replace("(", "('").replace(")", "')"),
+                         double=href.replace("(", '(""').replace(")", '"")'))
+            for name, text in TABLES.items():
+                with self.subTest(name):
+                    self.new_folder()
+                    status, _, err = self.download(space, self.write("t.csv", text.format(**words)))
+                    self.assertEqual(status, 0, err)
+                    self.assertEqual(self.read("data", record.name), space.body(record))
+
+    def test_a_broken_table_is_an_error_before_anything_is_fetched(self):
+        with DataSpace(ORBITS) as space:
+            href = space.href(ORBITS[0])
+            for name, row in BROKEN_TABLES.items():
+                with self.subTest(name):
+                    text = "filename;href\n%s;%s\n%s\n" % (ORBITS[0].name, href,
+                                                           row.format(href=href))
+                    status, _, err = self.download(space, self.write("table.csv", text))
+                    self.assertEqual(status, 1)
+                    self.assertRegex(err, r"table\.csv:[34]: ")
+                    self.assertNotIn("Traceback", err)
+            for text in ("", "filename\nx.nc\n", "a;b\n1;2\n", "\n"):
+                with self.subTest(text):
+                    status, _, err = self.download(space, self.write("table.csv", text))
+                    self.assertEqual((status, "table.csv" in err), (1, True), err)
+            with open(self.path("table.csv"), "wb") as out:
+                out.write(b"filename;href\n\xff\xfe;x\n")
+            for path in (self.path("table.csv"), self.path("missing.csv"), self.folder):
+                with self.subTest(path):
+                    status, _, err = self.download(space, path)
+                    self.assertEqual((status, path in err), (1, True), err)
+            self.assertEqual(space.requests, [])
+
+    def test_dry_run_fetches_nothing(self):
+        with DataSpace(ORBITS) as space:
+            status, out, _ = self.download(space, self.table(space, ORBITS), "--dry-run")
+            self.assertEqual((status, space.requests, self.files()), (0, [], ["table.csv"]))
+            self.assertIn("3 files, 60.0 kB", out)
+
+    # -- report and exit status
+
+    def test_report_and_status(self):
+        with DataSpace(ORBITS) as space:
+            table = self.table(space, ORBITS)
+            report = self.path("report.csv")
+            space.faults.add("404", name=ORBITS[1].id, text="Gone for ever")
+            for expected, states, came in (
+                    (3, ["verified", "failed", "verified"], ["20000", "0", "20000"]),
+                    (0, ["present", "verified", "present"], ["0", "20000", "0"])):
+                status, out, err = self.download(space, table, "--report", report)
+                self.assertEqual(status, expected)
+                with open(report, encoding="utf-8", newline="") as text:
+                    rows = sorted(csv.DictReader(text, delimiter=";"),
+                                  key=lambda row: row["filename"])
+                self.assertEqual(list(rows[0]), ["filename", "state", "bytes", "seconds", "message"])
+                self.assertEqual([row["filename"] for row in rows], [r.name for r in ORBITS])
+                self.assertEqual([row["state"] for row in rows], states)
+                self.assertEqual([row["bytes"] for row in rows], came)
+                self.assertEqual("Gone for ever" in rows[1]["message"], expected == 3)
+                self.assertEqual(("Gone for ever" in err, "Traceback" in err),
+                                 (expected == 3, False))
+
+    def test_no_traceback(self):
+        with DataSpace(ORBITS, users={"user": "another"}) as space:
+            table = self.table(space, ORBITS)
+            self.write("file", "")
+            for expected, args in (
+                    (2, []), (2, ["download"]), (2, ["download", table, "--nonsense"]),
+                    (1, ["download", table, "--part", "1"]), (1, ["download", table, "--part", "1/0"]),
+                    (1, ["download", table, "--connections", "0"]),
+                    (1, ["download", table]), (1, ["download", self.path("missing.csv")]),
+                    (1, ["download", space.odata + "/Products(x)/$value"]),
+                    (1, ["download", "https://[/x"]), (1, ["download", "http:///x"])):
+                with self.subTest(args):
+                    self.account(space)
+                    status, _, err = self.run_main(*args)
+                    self.assertEqual((status, "Traceback" in err), (expected, False), err)
+                    self.assertTrue(err)
+
+    def test_parts_of_a_table(self):
+        records = list(made_products(7))
+        with DataSpace(records) as space:
+            table, seen = self.table(space, records), []
+            for part in ("1/3", "2/3", "3/3"):
+                before = set(self.files())
+                self.assertEqual(self.download(space, table, "--part", part)[0], 0)
+                seen.append(len(set(self.files()) - before))
+            self.assertEqual(sorted(seen), [2, 2, 3])
+            self.assertEqual(self.files(), sorted(
+                ["table.csv"] + ["data/" + record.name for record in records]))
+            before = space.count("value")
+            self.assertEqual(self.download(space, table, "--part", "0/3")[0], 0)
+            self.assertEqual(space.count("value"), before)          # the same as 3/3
+
+    # -- processes side by side
+
+    def test_eight_processes_on_one_table(self):
+        records = list(made_products(10))
+        with DataSpace(records, latency=0.005, max_transfers=None) as space:
+            rows = ["%s;%s" % (record.name, space.href(record)) for record in records]
+            table = self.write("table.csv", "\n".join(["filename;href"] + rows) + "\n")
+            jobs = [self.start(space, "download", table, "--dir", "data", "--report", "r%d" % k,
+                               CDSE_TOKEN_CACHE=self.path("token")) for k in range(8)]
+            for job in jobs:
+                status, _, err = self.finish(job)
+                self.assertEqual((status, "Traceback" in err), (0, False), err)
+            for record in records:
+                self.assertEqual(self.read("data", record.name), space.body(record))
+            self.assertEqual(self.files(), sorted(["table.csv", "token"] + [
+                "data/" + record.name for record in records] + ["r%d" % k for k in range(8)]))
+            asked = collections.Counter(path for path, _ in self.asked(space))
+            self.assertEqual(set(asked.values()), {1})
+            self.assertEqual((len(asked), space.logins, space.refreshes), (10, 1, 0))
+            self.assertLessEqual(space.count("product"), 8 * 10)
+            verified = sum(self.read("r%d" % k).count(b";verified;") for k in range(8))
+            self.assertEqual(verified, 10)
+
+    def test_killed_and_run_again(self):
+        with DataSpace(ORBITS, content_size=300000) as space:
+            table = self.table(space, ORBITS[:1])
+            switch_on(space, "stall-body at=200000")
+            job = self.start(space, "download", table)
+            self.sent(space, 100000)
+            job.kill()
+            self.finish(job)
+            left = max(os.path.getsize(self.path(name)) for name in self.files())
+            self.assertFalse(os.path.exists(self.path(ORBITS[0].name)))
+            status, out, err = self.finish(self.start(space, "download", table))
+            self.assertEqual(status, 0, err)
+            self.assertRight(space, ORBITS[0])
+            self.assertEqual(self.files(), [ORBITS[0].name, "table.csv"])
+            self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=%d-" % left)
+
+    def test_stopped_and_run_again(self):
+        for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with self.subTest(expected), DataSpace(ORBITS, content_size=300000) as space:
+                self.new_folder()
+                command = ["download", self.table(space, ORBITS), "--report", "report.csv"]
+                switch_on(space, "stall-body at=200000 name=%s" % ORBITS[1].id)
+                job = self.start(space, *command)
+                while not all(os.path.exists(self.path(ORBITS[k].name)) for k in (0, 2)):
+                    space.closing.wait(0.01)
+                self.sent(space, 100000)
+                job.send_signal(number)
+                status, _, err = self.finish(job)
+                self.assertEqual((status, "Traceback" in err), (expected, False), err)
+                self.assertIn("run again", err)
+                self.assertRight(space, ORBITS[0], ORBITS[2])
+                self.assertFalse(os.path.exists(self.path(ORBITS[1].name)))
+                self.assertIn(ORBITS[1].name.encode() + b";failed;", self.read("report.csv"))
+                status, _, err = self.finish(self.start(space, *command))
+                self.assertEqual(status, 0, err)
+                self.assertRight(space, *ORBITS)
+                self.assertEqual([name for name in self.files() if name.endswith(".part")], [])
+                self.assertRegex(self.asked(space)[-1][1].get("Range", ""), r"^bytes=\d{6}-$")
+
+    def test_stopped_while_it_waits(self):
+        for faults in ("stall-headers times=None", "503 times=None", "stall-headers on=token",
+                       "stall-headers on=product", "429 on=token times=None retry_after=60"):
+            with self.subTest(faults), DataSpace(ORBITS) as space:
+                self.new_folder()
+                switch_on(space, faults)
+                table = self.write("table.csv", "filename;href\n%s;%s\n" % (
+                    ORBITS[0].name, space.href(ORBITS[0])))
+                job = self.start(space, "download", table)
+                while not any(switched.taken for switched in space.faults.on):
+                    space.closing.wait(0.01)
+                job.send_signal(signal.SIGTERM)
+                status, _, err = self.finish(job)
+                self.assertEqual((status, "Traceback" in err), (143, False), err)
+                self.assertFalse(os.path.exists(self.path(ORBITS[0].name)))
+
+
+class TlsTest(DownloadCase):
+    """The real names and https, with an authority made for the test; proxies."""
+
+    NAMES = ["%s.dataspace.copernicus.eu" % name for name in (
+        "download", "zipper", "catalogue", "identity")] + ["files.example.eu"]
+
+    @classmethod
+    def setUpClass(cls):
+        cls.keys = tempfile.TemporaryDirectory()
+        cls.certificate = certificate(cls.keys.name, cls.NAMES)
+        if cls.certificate is None:
+            cls.keys.cleanup()
+            raise unittest.SkipTest("there is no openssl here to make a certificate with")
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.keys.cleanup()
+
+    def setUp(self):
+        DownloadCase.setUp(self)
+        os.environ["SSL_CERT_FILE"] = self.certificate.authority
+        os.environ.pop("SSL_CERT_DIR", None)
+        self.space = self.use(DataSpace(ORBITS, tls=self.certificate.context()))
+
+    def real(self, record, host="download"):
+        return "https://%s.dataspace.copernicus.eu/odata/v1/Products(%s)/$value" % (host, record.id)
+
+    def fetch(self, href, record=ORBITS[0], **options):
+        """Fetch with the account and the urls that are the default."""
+        options.setdefault("sleep", self.waits.append)
+        session = cso.Session(environ=ENVIRON, timeout=5, **options)
+        return cso.fetch(cso.Task(href, self.path(record.name)), session)
+
+    def all_names(self, *more):
+        return names_on_loopback(dict(dict.fromkeys(self.NAMES, self.space), **dict(more)))
+
+    def hosts(self, space=None):
+        """(host, whether a token came) of the requests for bytes."""
+        return [(headers["Host"], "Authorization" in headers)
+                for _, headers in self.asked(space or self.space)]
+
+    def test_hrefs_of_all_ages(self):
+        record = ORBITS[0]
+        for href in (self.real(record), self.real(record, "zipper"),
+                     self.real(record, "zipper").replace("(", "('").replace(")", "')"),
+                     self.real(record, "zipper").replace("https", "http"),
+                     "s3:/" + s3_path(record)):
+            with self.subTest(href), self.all_names():
+                self.new_folder()
+                self.assertEqual(self.fetch(href).state, "verified")
+                self.assertRight(self.space, record)
+                self.assertEqual(self.hosts()[-1], ("download.dataspace.copernicus.eu", True))
+
+    def test_an_s3_href_of_an_unknown_name(self):
+        with self.all_names(), self.assertRaisesRegex(cso.CatalogueError, "no product"):
+            self.fetch("s3://eodata/x/S5P_none.nc")
+
+    def test_an_unknown_authority_is_refused(self):
+        other = self.use(tempfile.TemporaryDirectory())
+        for path in (certificate(other).authority, self.path("missing.pem")):
+            with self.subTest(path), self.all_names():
+                os.environ["SSL_CERT_FILE"], os.environ["SSL_CERT_DIR"] = path, self.folder
+                with mock.patch.object(cso, "CA_BUNDLES", ()), \
+                        self.assertRaises(cso.HttpError) as caught:
+                    self.fetch(self.real(ORBITS[0]))
+                self.assertIn("SSL_CERT_FILE", str(caught.exception))
+                self.assertEqual((self.space.requests, self.waits), ([], []))
+
+    def test_a_certificate_for_another_name_is_refused(self):
+        with names_on_loopback({"wrong.dataspace.copernicus.eu": self.space,
+                                "catalogue.dataspace.copernicus.eu": self.space}):
+            with self.assertRaises(cso.HttpError):
+                self.fetch(self.real(ORBITS[0], "wrong"))
+            self.assertEqual(self.asked(self.space), [])
+
+    def test_a_python_without_authorities_takes_those_of_the_system(self):
+        os.environ.update(SSL_CERT_FILE=self.path("missing.pem"), SSL_CERT_DIR=self.path("missing"))
+        with self.all_names(), mock.patch.object(cso, "CA_BUNDLES", (
+                self.path("none.pem"), self.certificate.authority)):
+            self.fetch(self.real(ORBITS[0]))
+        self.assertRight(self.space, ORBITS[0])
+
+    def test_redirects(self):
+        name = "%s.dataspace.copernicus.eu"
+        for to, trusted, met in (
+                ("{target}", (), (name % "download", True)),
+                ("https://%s{target}" % name % "zipper", (), (name % "zipper", True)),
+                ("//%s{target}" % name % "zipper", (), (name % "zipper", True)),
+                ("https://files.example.eu{target}", (), ("files.example.eu", False)),
+                ("https://files.example.eu{target}", ["files.example.eu"], ("files.example.eu", True)),
+                ("https://files.example.eu{target}", ["other.example.eu"],
+                 ("files.example.eu", False)),
+                ("http://%s{target}" % name % "plain", (), (name % "plain", False)),
+                ("http://files.plain.eu{target}", ["files.plain.eu"], ("files.plain.eu", False))):
+            with self.subTest(to, trusted=trusted), DataSpace(ORBITS) as plain, self.all_names(
+                    (name % "plain", plain), ("files.plain.eu", plain)):
+                self.new_folder()
+                self.use_no_tokens(plain, met[1])
+                self.space.faults.add("redirect", to=to)
+                self.fetch(self.real(ORBITS[0]), trusted=trusted)
+                self.assertRight(self.space, ORBITS[0])
+                self.assertEqual((self.hosts() + self.hosts(plain))[-1], met)
+                self.assertNotIn("Authorization", repr(self.hosts(plain)))
+
+    def use_no_tokens(self, plain, strict):
+        """Let the stand-ins give files to anybody, unless they shall insist on a token."""
+        plain.tokens.refusal = lambda header: None
+        self.space.tokens.__dict__.pop("refusal", None)
+        if not strict:
+            self.space.tokens.refusal = lambda header: None
+
+    def test_the_password_goes_to_https_only(self):
+        with self.all_names():
+            for url, refused in (("https://identity.dataspace.copernicus.eu" + AUTH + "token", False),
+                                 ("http://identity.dataspace.copernicus.eu" + AUTH + "token", True)):
+                with self.subTest(url):
+                    session = cso.Session(environ=ENVIRON, token_url=url)
+                    if refused:
+                        self.assertRaises(cso.LoginError, session.token.get)
+                    else:
+                        self.assertTrue(session.token.get())
+        self.assertEqual(self.space.count("token"), 1)
+
+    def test_proxies(self):
+        names = dict.fromkeys(self.NAMES, self.space)
+        for password, given, no_proxy, state in (
+                (None, "", "", "proxy"), ("me:secret", "me:secret@", "", "proxy"),
+                ("me:s%cret", "me:s%25cret@", "", "proxy"),
+                (None, "", ".copernicus.eu", "direct"), (None, "", "*", "direct"),
+                (None, "", "example.eu", "proxy"),
+                ("me:secret", "", "", "407"), ("me:secret", "me:wrong@", "", "407")):
+            with self.subTest((password, given, no_proxy)), Proxy(names, password) as proxy:
+                self.new_folder()
+                os.environ.update(HTTPS_PROXY="http://%s127.0.0.1:%d" % (given, proxy.port),
+                                  NO_PROXY=no_proxy)
+                with self.all_names() if state == "direct" else contextlib.ExitStack():
+                    if state == "407":
+                        with self.assertRaises(cso.HttpError) as caught:
+                            self.fetch(self.real(ORBITS[0]))
+                        self.assertIn("password", str(caught.exception))
+                        self.assertNotIn("wrong", str(caught.exception))
+                        self.assertEqual(self.waits, [])
+                        continue
+                    self.fetch(self.real(ORBITS[0]))
+                self.assertRight(self.space, ORBITS[0])
+                self.assertEqual(proxy.connections, 3 if state == "proxy" else 0)
+                self.assertNotIn("Bearer", repr(proxy.requests))
+
+    def test_a_proxy_that_is_not_there(self):
+        os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
+        with self.assertRaises(cso.HttpError):
+            self.fetch(self.real(ORBITS[0]), retry=cso.Retry(3, 1, 2))
+        self.assertEqual(len(self.waits), 2)
+
+
 HERE = os.path.dirname(os.path.abspath(cso.__file__))
 NAMES = ["%s.dataspace.copernicus.eu" % name for name in
          ("catalogue", "download", "zipper", "identity", "stac")]
@@ -2952,9 +5618,196 @@ def demo():
     return status
 
 
+# Each figure is a ratio of whole processes, run by turns in one go; the stand-in is a process of
+# its own.  A child prints the peak of its memory as its last line, as the system knows it.
+
+PEAK = """
+def peak():
+    try:
+        with open("/proc/self/status") as status:
+            return int(status.read().partition("VmHWM:")[2].split()[0]) / 1024
+    except OSError:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2 ** 20 if __import__("sys").platform == "darwin" else 2 ** 10)
+"""
+OURS = PEAK + "import sys, cso_dataspace as cso\nassert cso.main(sys.argv[1:]) == 0\nprint(peak())"
+BARE = PEAK + """
+import json, sys, urllib.request
+rows = []
+for skip in range(0, 10000, 1000):
+    url = sys.argv[1] + "/Products?$filter=Collection/Name%20eq%20'SENTINEL-5P'"
+    with urllib.request.urlopen(url + "&$orderby=ContentDate/Start&$top=1000&$skip=%d" % skip) as page:
+        rows += [(one["Id"], one["Name"]) for one in json.loads(page.read().decode())["value"]]
+assert len(rows) == 10000
+print(peak())"""
+BASE = ("import urllib.request, json, ssl, csv, argparse, concurrent.futures, "
+        "concurrent.futures.thread")
+SERVED = {"list-5": lambda: DataSpace(made_products(10000), keep_pages=True),
+          "list-301": lambda: DataSpace(made_products(10000, points=301), keep_pages=True),
+          "large": lambda: DataSpace(made_products(1), content_size=2 ** 30),
+          "files": lambda: DataSpace(made_products(200, points=41), content_size=10 ** 6)}
+
+
+def serve(kind):
+    """Be a stand-in until the standard input ends, then tell what was seen."""
+    with SERVED[kind]() as space:
+        print(space.url, flush=True)
+        sys.stdin.read()
+        print(json.dumps([space.count("value"), space.logins, space.peak_transfers]), flush=True)
+
+
+@contextlib.contextmanager
+def served(kind, seen=None):
+    with subprocess.Popen([sys.executable, os.path.join(HERE, "test_cso_dataspace.py"), "serve", kind],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          universal_newlines=True) as process:
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+        (seen if seen is not None else []).extend(json.loads(process.stdout.readline()))
+
+
+def timed(command, folder):
+    """Return (wall seconds, CPU seconds, peak MB or None) of a process that must succeed."""
+    environ = dict(os.environ, PYTHONPATH=HERE, NO_PROXY="*", **ENVIRON)
+    before, began = os.times(), time.perf_counter()
+    out = subprocess.check_output(command, env=environ, cwd=folder, stderr=subprocess.DEVNULL)
+    wall, after = time.perf_counter() - began, os.times()
+    last = out.decode().split()[-1:]
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return wall, cpu, float(last[0]) if last and re.match(r"[\d.]+$", last[0]) else None
+
+
+def compared(ours, theirs, folder, runs=5):
+    """Return the medians of two commands run by turns: [(wall, cpu, peak)] * 2."""
+    results = [], []
+    for turn in range(runs + 1):
+        for command, result in zip((ours, theirs), results):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.mkdir(folder)
+            figures = timed(command, folder)
+            if turn:                            # the first one warms the caches
+                result.append(figures)
+    return [[statistics.median(column) if None not in column else None for column in zip(*result)]
+            for result in results]
+
+
+def python(code, *args):
+    return [sys.executable, "-c", code] + list(args)
+
+
+def benchmark():
+    """Print the figures of this module against bare Python and curl, on this machine."""
+    print("Python %s on %s, %d processors; medians of 5 runs, each beside its yardstick"
+          % (platform.python_version(), platform.platform(), os.cpu_count()))
+    folder = os.path.join(tempfile.mkdtemp(), "run")
+    figures_of_start(folder)
+    for points, limit in (5, 45), (301, 80):
+        figures_of_listing(folder, points, limit)
+    figures_of_large_file(folder)
+    figures_of_many_files(folder)
+    figures_of_overlap()
+    shutil.rmtree(os.path.dirname(folder))
+    return 0
+
+
+def figures_of_start(folder):
+    ours, base = compared(python("import cso_dataspace"), python(BASE), folder, 15)
+    print("import: %.2f times the CPU of the standard library modules (at most 1.3)"
+          % (ours[1] / base[1]))
+    ours, base = compared([sys.executable, os.path.join(HERE, "cso_dataspace.py"), "--help"],
+                          python("pass"), folder)
+    print("--help: %.2f s, bare Python %.2f s (at most 0.2)" % (ours[0], base[0]))
+
+
+def settings_of_listing(url, kind):
+    path = os.path.join(tempfile.mkdtemp(), "list.rc")
+    with open(path, "w") as out:
+        out.write("a.timerange.start : 2018-01-01\na.timerange.end : 2030-01-01\n"
+                  "a.url : %s/odata/v1\na.collection : Sentinel5P\na.producttype : L2__NO2___\n"
+                  "a.area : -30,30,35,76\na.output.file : table.csv\na.download.dir : files\n"
+                  "a.download_url : %s/odata/v1/Products({product_id})/$value\n"
+                  "a.token_url : %s%stoken\n" % (url, url, url, AUTH))
+    return path
+
+
+def figures_of_listing(folder, points, limit):
+    with served("list-%d" % points) as url:
+        rc = settings_of_listing(url, points)
+        ours, bare = compared(python(OURS, "inquire", rc), python(BARE, url + "/odata/v1"), folder)
+    print("list 10,000 of %d points: %.2f times a bare loop in time, %.2f in CPU (at most 1.5); "
+          "%.0f MB (at most %d), bare loop %.0f MB"
+          % (points, ours[0] / bare[0], ours[1] / bare[1], ours[2], limit, bare[2]))
+
+
+def figures_of_large_file(folder):
+    if not shutil.which("curl"):
+        print("curl is not here: no figures of transfers")
+        return
+    with served("large") as url:
+        rc = settings_of_listing(url, 5)
+        ours, curl = compared(python(OURS, "run", rc, "--set", "area="), curl_of(url, 1), folder, 3)
+    print("one file of 1 GiB with MD5: %.2f of the rate of curl (at least 0.5), %.0f MB/s; %.0f MB "
+          "of memory (at most 35)" % (curl[0] / ours[0], 2 ** 30 / 1e6 / ours[0], ours[2]))
+
+
+def figures_of_many_files(folder):
+    if not shutil.which("curl"):
+        return
+    seen = []
+    with served("files", seen) as url:
+        rc = settings_of_listing(url, 5)
+        ours = [timed(python(OURS, "run", rc, "--set", "area="), fresh(folder)) for _ in range(5)]
+        seen_by_curl = curl_of(url, 200)
+        curl = [timed(seen_by_curl, fresh(folder)) for _ in range(5)]
+    requests = (seen[0] - 5 * 200) / 5.0
+    print("200 files of 1 MB: %.2f times curl -Z in time (at most 2); %g requests for bytes and %g "
+          "logins a run, at most %d transfers at once"
+          % (statistics.median(run[0] for run in ours) / statistics.median(run[0] for run in curl),
+             requests, (seen[1] - 1) / 5.0, seen[2]))
+
+
+def fresh(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    os.mkdir(folder)
+    return folder
+
+
+def curl_of(url, count):
+    """The command by which curl fetches the first products of a stand-in, four at once."""
+    fields = urllib.parse.urlencode({"grant_type": "password", "username": "user",
+                                     "password": "password", "client_id": "cdse-public"})
+    with urllib.request.urlopen(url + AUTH + "token", fields.encode()) as answer:
+        token = json.loads(answer.read().decode())["access_token"]
+    command = ["curl", "-sS", "--fail", "-H", "Authorization: Bearer " + token]
+    command += ["-Z", "--parallel-max", "4"] if count > 1 else []
+    for number, record in enumerate(made_products(count)):
+        command += [url + "/odata/v1/Products(%s)/$value" % record.id, "-o", "%d.nc" % number]
+    return command
+
+
+def figures_of_overlap():
+    geometries = [record.geometry for record in made_products(100, points=301)]
+    geometries = [made() if callable(made) else made for made in geometries]
+    for name, box in ("an area as large as Europe", [-30, 30, 35, 76]), ("a city", [4, 51, 6, 53]):
+        began = time.perf_counter()
+        found = sum(cso.box_overlap(geometry, box)[0] for geometry in geometries)
+        spent = time.perf_counter() - began
+        print("box_overlap of 301 points and %s: %.0f us a call, %d of 100 overlap"
+              % (name, spent * 1e4, found))
+    far = {"type": "Polygon", "coordinates": [[[100 + k / 300, 10 + k % 7] for k in range(300)]
+                                              + [[100, 10]]]}
+    began = time.perf_counter()
+    for _ in range(1000):
+        cso.box_overlap(far, [4, 51, 6, 53])
+    print("box_overlap of a product nowhere near: %.0f us" % ((time.perf_counter() - began) * 1e3))
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["demo"]:
         sys.exit(demo())
+    if sys.argv[1:2] == ["serve"]:
+        sys.exit(serve(sys.argv[2]))
     if sys.argv[1:] == ["benchmark"]:
         sys.exit(benchmark())
     unittest.main()
