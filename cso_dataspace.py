@@ -33,6 +33,7 @@ import ast
 import base64
 import collections
 import configparser
+import contextlib
 import csv
 import datetime
 import difflib
@@ -1916,40 +1917,33 @@ class TokenCache:
 
     def may_login(self):
         """Return whether this process should ask for a token now, and no other one is at it."""
-        try:
+        with contextlib.suppress(OSError):
             if self.now() - os.stat(self.claim).st_mtime > CLAIM_AGE:
                 os.unlink(self.claim)
-        except FileNotFoundError:
-            pass
         try:
-            os.close(os.open(self.claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            with file_errors(self.claim):
+                os.close(os.open(self.claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise file_error(self.claim, error) from error
+        except FileError:
+            if os.path.exists(self.claim):
+                return False
+            raise
 
     def login_done(self):
-        try:
-            os.unlink(self.claim)
-        except OSError:
-            pass
+        discard(self.claim)
 
 
 def replace_file(path, data, mode=None):
     """Write bytes beside the path and put them there in one step, or raise FileError."""
     beside = "%s.%s.part" % (path, owner_name())
     try:
-        descriptor = os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode or 0o666)
-        with open(descriptor, "wb") as out:
-            out.write(data)
-        os.replace(beside, path)
-    except OSError as error:
-        try:
-            os.unlink(beside)
-        except OSError:
-            pass
-        raise file_error(path, error) from error
+        with file_errors(path):
+            flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+            with open(os.open(beside, flags, mode or 0o666), "wb") as out:
+                out.write(data)
+            os.replace(beside, path)
+    finally:
+        discard(beside)
 
 
 def owner_name():
@@ -1957,10 +1951,20 @@ def owner_name():
     return "%s-%d" % (re.sub(r"[^\w.]", "_", socket.gethostname())[:40], os.getpid())
 
 
-def file_error(path, error):
-    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-    advice = "; free some space and run again, it goes on where it stopped" if full else ""
-    return FileError("%s: %s%s" % (path, error.strerror or error, advice), full)
+@contextlib.contextmanager
+def file_errors(path):
+    """Turn an OSError of the block into a FileError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        advice = "; free some space and run again, it goes on where it stopped" if full else ""
+        raise FileError("%s: %s%s" % (path, error.strerror or error, advice), full) from error
+
+
+def discard(path):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 class Token:
@@ -2662,7 +2666,10 @@ def turn_page(query, request, session, retry=None):
     log.debug("request: %s", request.url)
     page = session.read_json(request, retry)
     try:
-        return ADAPTERS[query.api].parse(page, query, request)
+        products, following = ADAPTERS[query.api].parse(page, query, request)
+        for product in products:
+            safe_name(product.filename)
+        return products, following
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CatalogueError("%s: a product that can't be read (%s: %s)" % (
             shown(request.url), type(error).__name__, error)) from error
@@ -2792,15 +2799,14 @@ def make_directories(path, dmode=None):
     if not path or os.path.isdir(path):
         return
     make_directories(os.path.dirname(path), dmode)
-    try:
-        os.mkdir(path)
-        if dmode is not None:
-            os.chmod(path, dmode)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise FileError("%s: a file is where a directory was expected" % path) from None
-    except OSError as error:
-        raise file_error(path, error) from error
+    with file_errors(path):
+        try:
+            os.mkdir(path)
+            if dmode is not None:
+                os.chmod(path, dmode)
+        except FileExistsError:
+            if not os.path.isdir(path):         # else another process made it just now
+                raise
 
 
 def directory_mode(dmode):
@@ -2837,6 +2843,7 @@ ABANDONED = 120                 # seconds without a write after which a part cou
 SAME_BODY = 3                   # so many equal wrong bodies are not chance: no further try
 
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
+BROKEN_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error)
 SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
 
 
@@ -2873,16 +2880,10 @@ class Busy(DataSpaceError):
 
 def new_md5():
     """Return an MD5 object, None where the system forbids MD5 (FIPS)."""
-    try:
-        return hashlib.md5(usedforsecurity=False)
-    except TypeError:           # before Python 3.9
-        pass
-    except ValueError:
-        return None
-    try:
-        return hashlib.md5()
-    except ValueError:
-        return None
+    for options in ({"usedforsecurity": False}, {}):        # before Python 3.9 without it
+        with contextlib.suppress(TypeError, ValueError):
+            return hashlib.md5(**options)
+    return None
 
 
 class Part:
@@ -2898,45 +2899,37 @@ class Part:
         self.target = target
         self.path = "%s.%s-%d.part" % (target, owner_name(), next(Part.numbers))
         self.file, self.etag, self.seen = None, None, {}
+        self.reset()
         Part.alive.add(self.path)
-        try:
-            self.reset()
-        except BaseException:
-            Part.alive.discard(self.path)
-            raise
 
     def reset(self):
         """Begin again with an empty file."""
         self.close()
-        try:
+        with file_errors(self.path):
             self.file = open(self.path, "wb")
-        except OSError as error:
-            raise file_error(self.path, error) from error
         self.count, self.md5, self.etag, self.head = 0, new_md5(), None, b""
 
     def write(self, data):
-        try:
+        with file_errors(self.path):
             self.file.write(data)
-        except OSError as error:
-            raise file_error(self.path, error) from error
         if len(self.head) < 64:
             self.head += data[:64]
         self.count += len(data)
         if self.md5:
             self.md5.update(data)
 
+    def write_all(self, source):
+        for data in iter(lambda: source.read(CHUNK), b""):
+            self.write(data)
+
     def flush(self):
-        try:
+        with file_errors(self.path):
             self.file.flush()
-        except OSError as error:
-            raise file_error(self.path, error) from error
 
     def close(self):
         if self.file:
-            try:
+            with contextlib.suppress(OSError):      # a full disk, reported by flush
                 self.file.close()
-            except OSError:
-                pass            # a full disk, reported by flush
             self.file = None
 
     def leave(self):
@@ -2944,15 +2937,7 @@ class Part:
         self.close()
         Part.alive.discard(self.path)
         if not self.count:
-            self.remove()
-
-    def remove(self):
-        self.close()
-        Part.alive.discard(self.path)
-        try:
-            os.unlink(self.path)
-        except OSError:
-            pass
+            discard(self.path)
 
     def digest(self):
         return self.md5.hexdigest() if self.md5 else ""
@@ -2964,14 +2949,11 @@ class Part:
         that was only asleep then wakes up to a file that is no one's.
         """
         mine = self.path + ".taken"
-        try:
+        with contextlib.suppress(OSError):          # another process was faster
             os.replace(left, mine)
             with open(mine, "rb") as source:
-                for data in iter(lambda: source.read(CHUNK), b""):
-                    self.write(data)
+                self.write_all(source)
             os.unlink(mine)
-        except OSError as error:
-            log.debug("%s: not taken over: %s", left, error)
 
 
 def parts_beside(target):
@@ -2996,15 +2978,13 @@ def is_abandoned(path, owner, now=time.time):
         return path not in Part.alive
     if host == owner_name().rpartition("-")[0] and os.name == "posix":
         try:
-            os.kill(pid, 0)
+            with contextlib.suppress(PermissionError):
+                os.kill(pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:
-            pass
-    try:
+    with contextlib.suppress(OSError):
         return now() - os.stat(path).st_mtime > ABANDONED
-    except OSError:
-        return False            # gone: its owner is done with it
+    return False                # gone: its owner is done with it
 
 
 def claim(task):
@@ -3019,7 +2999,7 @@ def claim(task):
         if path == part.path:
             continue
         if not is_abandoned(path, owner):
-            part.remove()
+            part.leave()
             return None
         left.append(path)
     for path in sorted(left, key=lambda path: -size_of(path)):
@@ -3027,10 +3007,7 @@ def claim(task):
         if task.md5 and part.md5 and not part.count and size_of(path) <= (task.size or math.inf):
             part.adopt(path)
         else:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass
+            discard(path)
     return part
 
 
@@ -3161,7 +3138,7 @@ def check_zip(part, name):
     try:
         with zipfile.ZipFile(part.path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
+    except BROKEN_ZIP as error:
         broken = str(error)
     if broken:
         part.reset()
@@ -3171,30 +3148,24 @@ def check_zip(part, name):
 
 def unpack(part, name):
     """Replace a zip in the part by the single .nc file it holds; names in it are never paths."""
-    packed = part.path
-    whole = packed + ".zip"
+    whole = part.path + ".zip"
     part.close()
     try:
-        os.replace(packed, whole)
-        with zipfile.ZipFile(whole) as archive:
-            members = [item for item in archive.infolist() if item.filename.endswith(".nc")]
-            if len(members) != 1:
-                raise CheckError("%s: a zip with %d .nc files came; one was expected"
-                                 % (name, len(members)), temporary=False)
+        with file_errors(part.path):
+            os.replace(part.path, whole)
             part.reset()
-            with archive.open(members[0]) as source:
-                for data in iter(lambda: source.read(CHUNK), b""):
-                    part.write(data)
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            with zipfile.ZipFile(whole) as archive:
+                members = [item for item in archive.infolist() if item.filename.endswith(".nc")]
+                if len(members) != 1:
+                    raise CheckError("%s: a zip with %d .nc files came; one was expected"
+                                     % (name, len(members)), temporary=False)
+                with archive.open(members[0]) as source:
+                    part.write_all(source)
+    except BROKEN_ZIP as error:
         part.reset()
         raise CheckError("%s: the zip is broken: %s" % (name, error)) from error
-    except OSError as error:
-        raise file_error(part.path, error) from error
     finally:
-        try:
-            os.unlink(whole)
-        except OSError:
-            pass
+        discard(whole)
 
 
 def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None, patient=True):
@@ -3219,7 +3190,7 @@ def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None, pa
         if part is None:
             session.sleep(POLL * (1 + random.random()))
     if is_present(task):                # put there since, by another process
-        part.remove()
+        part.leave()
         return Outcome(name, "present")
     state, came = complete(task, part, session, retry, on_bytes)
     return Outcome(name, state, came, session.clock() - began)
@@ -3237,14 +3208,10 @@ def complete(task, part, session, retry, on_bytes):
     try:
         state = session.retrying(os.path.basename(task.path), attempt, retry)
         part.close()
-        os.replace(part.path, task.path)
-        Part.alive.discard(part.path)
-    except OSError as error:
+        with file_errors(task.path):
+            os.replace(part.path, task.path)
+    finally:
         part.leave()
-        raise file_error(task.path, error) from error
-    except BaseException:
-        part.leave()
-        raise
     return state, sum(came)
 
 
@@ -3309,18 +3276,12 @@ def looked_up(url, session, retry=None):
 
 def check_space(tasks):
     """Raise FileError where the free space is known to be too small for what is to come."""
-    needed = {}
-    for task in tasks:
-        if not os.path.exists(task.path):
-            folder = existing_directory(os.path.dirname(task.path))
-            device = os.stat(folder).st_dev
-            needed[device] = (folder, needed.get(device, ("", 0))[1] + task.size)
-    for folder, size in needed.values():
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise FileError("%s: %s free, but the files need %s; free some space, or choose "
-                            "another download.dir" % (folder, bytes_text(free), bytes_text(size)),
-                            full=True)
+    folder = existing_directory(os.path.dirname(tasks[0].path)) if tasks else "."
+    needed = sum(task.size for task in tasks if not os.path.exists(task.path))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FileError("%s: %s free, but the files need %s; free some space, or choose another "
+                        "folder" % (folder, bytes_text(free), bytes_text(needed)), full=True)
 
 
 def existing_directory(path):
@@ -3493,8 +3454,8 @@ def known_collection(options):
     near = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
     if near and name != near[0] or not re.match(r"[\w.-]+$", name):
         raise options.wrong("collection", "%r is unknown; expected %s" % (
-            collection, near[0].replace("SENTINEL-", "Sentinel") if near else
-            "a name such as Sentinel5P"))
+            collection, " or ".join([near[0].replace("SENTINEL-", "Sentinel"), near[0]])
+            if near else "a name such as Sentinel5P"))
     return name
 
 
@@ -3657,6 +3618,8 @@ def list_rows(options, session):
     """Return the rows of an inquiry, newest first, and their geometries where they are written."""
     query = query_of(options)
     download_url = options.get("download_url", default=DOWNLOAD_URL)
+    if "{product_id}" not in download_url:
+        raise options.wrong("download_url", "%r has no {product_id} in it" % download_url)
     minimum = options.number("area.minimum", "float", 0.0, 0, 100)
     best = options.get("best", "bool", False)
     keep_geometry = bool(options.get("output.geojson", default=""))
