@@ -716,12 +716,13 @@ class Settings:
 
     def place(self, key):
         """Return where a key is defined, as file:line."""
-        return "%s:%d" % self.places[key][1:3] if key in self.places else self.filename
+        filename, lineno = self.places[key][1:3]
+        return "%s:%d" % (filename, lineno) if lineno else filename
 
     def set(self, key, value, place):
         """Give a key another value; `place` is named in errors."""
         self.store.set(self.SECTION, key, value)
-        self.places[key] = Line("", place, 1, ())
+        self.places[key] = Line("", place, 0, ())
 
     def get(self, key, totype="", default=None):
         """Return a value as a type of converted(); raise SettingsError.
@@ -751,8 +752,9 @@ def read_settings(filename, env={}, environ=os.environ):
 
 def write_settings(settings, filename):
     """Write the values as `key : value` lines that read back the same, beside and renamed."""
-    lines = ["%s : %s\n" % (key, written(settings.get(key, "str"))) for key in settings.keys()]
-    replace_file(os.fspath(filename), "".join(lines).encode("utf-8"))
+    with replacing(os.fspath(filename)) as out:
+        for key in settings.keys():
+            out.write("%s : %s\n" % (key, written(settings.get(key, "str"))))
 
 
 def written(value):
@@ -1114,8 +1116,10 @@ def walks_of(part):
 
 
 def walk_of(ring):
+    """A ring on the map; only edges that bulge enough to turn it over are bent by now."""
     xs, zs = unwrapped(ring), list(map(sin, map(radians, ring.lats)))
-    return list(zip(xs, zs, xs[1:], zs[1:]))
+    return [piece for edge in zip(xs, zs, xs[1:], zs[1:])
+            for piece in ([edge] if abs(edge[2] - edge[0]) < 5 else great_circle(*edge))]
 
 
 def unwrapped(ring):
@@ -1125,14 +1129,14 @@ def unwrapped(ring):
     turns, xs = 0, [ring.lons[0]]
     for lon0, lon1, lat0, lat1 in zip(ring.lons, ring.lons[1:], ring.lats, ring.lats[1:]):
         step = lon1 - lon0
-        if abs(step) >= 180 and not on_purpose(step, lat0, lat1):
+        if abs(step) > 180 and not on_purpose(step, lat0, lat1):
             turns -= floor((step + 180) / 360)
         xs.append(lon1 + 360 * turns)  # not a sum of steps, to keep the digits that are written
     return xs
 
 
 def on_purpose(step, lat0, lat1):
-    """Is a step of half a turn or more drawn so: along a pole, or round a whole parallel?"""
+    """Is a step of more than half a turn drawn so: along a pole, or round a whole parallel?"""
     return abs(lat1 - lat0) < SAME and (abs(lat0) > 90 - SAME or abs(abs(step) - 360) < SAME)
 
 
@@ -1704,8 +1708,18 @@ def connection_error(url, error):
         temporary, advice = False, "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
     if isinstance(reason, socket.timeout):
         reason = "no answer in time"
-    return HttpError("%s: %s%s" % (shown(url), reason or type(error).__name__, advice),
-                     url, 0, temporary)
+    proxy = proxy_of(url)
+    return HttpError("%s: %s%s%s" % (
+        shown(url), reason or type(error).__name__, " (by the proxy %s)" % proxy if proxy else "",
+        advice), url, 0, temporary)
+
+
+def proxy_of(url):
+    """Return the proxy that a request to this url takes, without its password, or an empty text."""
+    proxy = urllib.request.getproxies().get(split_url(url).scheme)
+    if not proxy or is_loopback(host_of(url)) or urllib.request.proxy_bypass(host_of(url)):
+        return ""
+    return shown(proxy if "://" in proxy else "http://" + proxy)
 
 
 def status_error(url, response):
@@ -1776,8 +1790,8 @@ def retrying(what, action, retry, sleep):
             if not error.temporary or tries >= retry.maxtry:
                 raise
             seconds = retry.wait(tries, getattr(error, "retry_after", None))
-            log.warning("%s: %s; try %d of %d in %.3g s", what, error, tries + 1, retry.maxtry,
-                        seconds)
+            log.warning("%s; try %d of %d in %.3g s", error if what in str(error) else
+                        "%s: %s" % (what, error), tries + 1, retry.maxtry, seconds)
             sleep(seconds)
 
 
@@ -1913,7 +1927,8 @@ class TokenCache:
     def write(self, grant, clock):
         kept = dict(grant._asdict(), account=self.account,
                     expires=grant.expires - clock() + self.now())
-        replace_file(self.path, json.dumps(kept).encode("utf-8"), mode=0o600)
+        with replacing(self.path, 0o600) as out:
+            json.dump(kept, out)
 
     def may_login(self):
         """Return whether this process should ask for a token now, and no other one is at it."""
@@ -1933,14 +1948,15 @@ class TokenCache:
         discard(self.claim)
 
 
-def replace_file(path, data, mode=None):
-    """Write bytes beside the path and put them there in one step, or raise FileError."""
+@contextlib.contextmanager
+def replacing(path, mode=0o666):
+    """Give a text file that is at path, whole, when the block ends without an error."""
     beside = "%s.%s.part" % (path, owner_name())
     try:
         with file_errors(path):
-            flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-            with open(os.open(beside, flags, mode or 0o666), "wb") as out:
-                out.write(data)
+            descriptor = os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+            with open(descriptor, "w", encoding="utf-8", newline="") as out:
+                yield out
             os.replace(beside, path)
     finally:
         discard(beside)
@@ -2741,14 +2757,12 @@ def newest_first(rows):
 
 def write_table(rows, path, columns=COLUMNS, dmode=None):
     """Write the rows as csv, beside and renamed: the old table or the new one, never a part."""
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=";", lineterminator="\n")
-    writer.writerow(columns)
-    picked = operator.attrgetter(*columns) if len(columns) > 1 else (
-        lambda row: (getattr(row, columns[0]),))
-    writer.writerows(map(picked, rows))
     make_directories(os.path.dirname(path), dmode)
-    replace_file(path, text.getvalue().encode("utf-8"))
+    with replacing(path) as out:
+        writer = csv.writer(out, delimiter=";", lineterminator="\n")
+        writer.writerow(columns)
+        places = [Row._fields.index(name) for name in columns]
+        writer.writerows([row[place] for place in places] for row in rows)
 
 
 def read_table(path):
@@ -2832,8 +2846,8 @@ def write_geojson(products, path, dmode=None):
                  "properties": {name: getattr(row, name) for name in Row._fields}}
                 for row, geometry in products]
     make_directories(os.path.dirname(path), dmode)
-    replace_file(path, json.dumps({"type": "FeatureCollection", "features": features})
-                 .encode("utf-8"))
+    with replacing(path) as out:
+        json.dump({"type": "FeatureCollection", "features": features}, out)
 
 
 ################ Downloads ################
@@ -3678,10 +3692,11 @@ def tasks_of(rows, directory=".", part=None):
     """
     tasks = {}
     for row in part_of(list(rows), part):
-        name = safe_name(row.filename)
-        if is_directory_product(name):
-            name += ".zip"
-        path = os.path.join(fill_in(directory, row), name)
+        try:
+            name = safe_name(row.filename) + ".zip" * is_directory_product(row.filename)
+            path = os.path.join(fill_in(directory, row), name)
+        except ValueError as error:
+            raise TableError("row of %r: %s" % (row.filename[:200], error)) from None
         if path in tasks and tasks[path].href != row.href:
             log.warning("%s: twice in the table; %s is not fetched", name, row.href)
         tasks.setdefault(path, Task(row.href, path, int(row.size or 0), row.md5))
@@ -4088,12 +4103,11 @@ def write_report(ended, tasks, path):
     known = {outcome.filename for outcome in ended}
     missing = [Outcome(os.path.basename(task.path), "failed", message="not reached")
                for task in tasks if os.path.basename(task.path) not in known]
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=";", lineterminator="\n")
-    writer.writerow(Outcome._fields)
-    for outcome in ended + missing:
-        writer.writerow(outcome._replace(seconds="%.1f" % outcome.seconds))
-    replace_file(path, text.getvalue().encode("utf-8"))
+    with replacing(path) as out:
+        writer = csv.writer(out, delimiter=";", lineterminator="\n")
+        writer.writerow(Outcome._fields)
+        for outcome in ended + missing:
+            writer.writerow(outcome._replace(seconds="%.1f" % outcome.seconds))
 
 
 def command_settings(args, screen):
@@ -4134,12 +4148,7 @@ def check_python():
 
 
 def check_proxy(url):
-    proxy = urllib.request.getproxies().get(split_url(url).scheme)
-    if not proxy:
-        return "ok: none set"
-    if urllib.request.proxy_bypass(host_of(url)):
-        return "ok: %s, but not for %s (NO_PROXY)" % (shown(proxy), host_of(url))
-    return "ok: %s" % shown(proxy)
+    return "ok: " + (proxy_of(url) or "none for %s" % host_of(url))
 
 
 def check_catalogue(url, session):

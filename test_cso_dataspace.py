@@ -2738,10 +2738,11 @@ TRACK = {"type": "MultiLineString", "coordinates": [
     [[1.29, -70.06], [0, -69.25]],
     [[0, -69.25], [-0.97, -68.44], [-10.01, -58.36], [-14.56, -49.71], [-18.51, -39.19]]]}
 
-# What is not covered, drawn in two parts as some tools do: a lens from pole to pole at longitude 0.
-ALL_BUT_A_LENS = {"type": "MultiPolygon", "coordinates": [
-    [[[-180, -90], [0, -90], [0, -80], [-20, 0], [0, 80], [0, 90], [-180, 90], [-180, -90]]],
-    [[[180, 90], [0, 90], [0, 80], [20, 0], [0, -80], [0, -90], [180, -90], [180, 90]]]]}
+# A swath round longitude 0 that holds both poles, but what is not covered was drawn, cut at 180.
+ALL_BUT_A_SWATH = {"type": "MultiPolygon", "coordinates": [
+    [[[-180, -80], [-120, -78], [-60, -65], [-20, 0], [-60, 65], [-120, 78], [-180, 80],
+      [-180, -80]]],
+    [[[180, 80], [120, 78], [60, 65], [20, 0], [60, -65], [120, -78], [180, -80], [180, 80]]]]}
 
 
 class FootprintTest(unittest.TestCase):
@@ -2826,15 +2827,15 @@ class FootprintTest(unittest.TestCase):
                 ("band 0 to 360", polygon(rectangle(0, -20, 360, 20)), [50, -40, 60, 40], True,
                  tropics),
                 ("map of the globe", polygon(rectangle(-180, -90, 180, 90)), [1, 2, 3, 4], True, 1.0),
-                ("seam of the rest", ALL_BUT_A_LENS, [170, -10, -170, 10], False, 0.0),
-                ("the rest", ALL_BUT_A_LENS, [-2, -10, 2, 10], True, 1.0),
-                ("pole of the rest", ALL_BUT_A_LENS, [-2, 85, 2, 90], False, 0.0),
+                ("seam of the rest", ALL_BUT_A_SWATH, [170, -10, -170, 10], False, 0.0),
+                ("the rest", ALL_BUT_A_SWATH, [-2, -10, 2, 10], True, 1.0),
+                ("pole of the rest", ALL_BUT_A_SWATH, [-180, 85, 180, 90], True, 1.0),
                 ("recorded", NRTI_AT_180, [90, 75, 110, 80], True, 1.0),
                 ("recorded, across 180", NRTI_AT_180, [178, 85, -178, 86], True, 1.0),
                 ("recorded, apart", NRTI_AT_180, [-150, 60, -100, 85], False, 0.0),
                 ("recorded, pole", OVER_NORTH_POLE, [-100, 89, 100, 90], True, 1.0),
                 ("recorded, beside", OVER_NORTH_POLE, [0, 50, 100, 80], False, 0.0),
-                ("recorded, past 180", PAST_180, [178, 68.6, 179, 69], True, 1.0),
+                ("recorded, past 180", PAST_180, [178.2, 68.6, 179, 69], True, 1.0),
                 ("recorded, corners", SCENE, [-80, -3, -79, -2], True, 1.0)]:
             with self.subTest(name):
                 found = cso.box_overlap(geometry, box)
@@ -2892,13 +2893,16 @@ class FootprintTest(unittest.TestCase):
 
     # Properties, of cases at random: rings of swaths, granules and frames, boxes of any size.
 
+    def frame(self, start, length):
+        return [place_of(u, v, 77) for u, v in rectangle(start, 1, start + length, 5)]
+
     def random_cases(self, seed, number):
         chance = random.Random(seed)
         for _ in range(number):
             ring = chance.choice([
                 lambda: swath(chance.uniform(-180, 180), chance.uniform(-40, 40)),
                 lambda: swath(chance.uniform(-180, 180), chance.uniform(-180, 180), 10),
-                lambda: [place_of(u, v, 77) for u, v in rectangle(chance.uniform(-180, 180), 1, 110, 5)]
+                lambda: self.frame(chance.uniform(-180, 180), chance.uniform(1, 80)),
             ])()
             west, south = chance.uniform(-180, 180), chance.uniform(-90, 80)
             width = chance.choice([1, 20, 120, 359])
@@ -2955,7 +2959,7 @@ class FootprintTest(unittest.TestCase):
     def test_split_covers_what_is_covered(self):
         cases = [polygon(ring) for _, ring, _ in self.random_cases(6, 40)]
         cases += [polygon(swath(171, 0)), polygon(swath(171, 0)[::-1]), polygon(swath(90, 0)),
-                  NRTI_AT_180, OVER_NORTH_POLE, TROPICS, PAST_180, SCENE, ALL_BUT_A_LENS,
+                  NRTI_AT_180, OVER_NORTH_POLE, TROPICS, PAST_180, SCENE, ALL_BUT_A_SWATH,
                   polygon(rectangle(0, -20, 360, 20)), polygon(rectangle(-180, -90, 180, 90)),
                   polygon(rectangle(170, 10, 190, 20), rectangle(178, 12, 182, 18)),
                   polygon(rectangle(170, 10, 190, 20), rectangle(172, 12, 174, 18))]
@@ -4166,6 +4170,19 @@ def fault_of_206(space, request, respond, detail):
     return answer
 
 
+@fault("leisurely")
+def fault_leisurely(space, request, respond, detail):
+    """A file of which the second half keeps the transfer open for a while."""
+    answer = respond()
+    if answer.record:
+        def halves(body):
+            yield body[:len(body) // 2]
+            space.closing.wait(0.03)
+            yield body[len(body) // 2:]
+        answer.blocks = halves(answer.body)
+    return answer
+
+
 @fault("two-files", "broken-zip", "zip-of-paths")
 def fault_of_zip(space, request, respond, detail):
     """A zip with two .nc files, one that ends early, or one whose name leads out of the folder."""
@@ -4794,7 +4811,6 @@ FAULTS_OF_A_FILE = rows_of_text("""
     stall-headers                               verified    2
     stall-body at=0                             verified    2
     stall-body at=10000                         verified    2
-    trickle every=0.02                          verified    2
     fin at=8000, fin at=8000                    verified    3
     fin at=8000, rst at=0, drop                 verified    4
     fin at=8000, ignore-range                   verified    2
@@ -4851,6 +4867,27 @@ FAULTS_WITHOUT_MD5 = rows_of_text("""
     html times=None                             failed      4
     """)
 
+# And where it knows no size either: nobody can see then that a body was cut with its length.
+FAULTS_WITHOUT_SIZE = rows_of_text("""
+    drop                                        unverified  2
+    fin at=8000                                 unverified  2
+    fin at=8000, ignore-range                   unverified  2
+    fin at=8000, wrong-range                    unverified  3
+    fin at=8000, wrong-range by=-100            unverified  3
+    fin at=8000, headless-206                   unverified  3
+    fin at=8000, 416                            unverified  3
+    fin at=8000, html                           unverified  3
+    fin at=8000, changed                        unverified  2
+    chunked at=100                              unverified  2
+    uninvited-206                               unverified  2
+    no-length                                   unverified  1
+    html                                        unverified  2
+    json                                        unverified  2
+    empty                                       unverified  2
+    zip                                         unverified  1
+    empty times=None                            failed      3
+    """)
+
 
 class DownloadTest(DownloadCase):
     """A file is complete and checked, or absent and reported."""
@@ -4893,6 +4930,14 @@ class DownloadTest(DownloadCase):
     def test_faults_without_md5(self):
         with DataSpace(made_products(3, checksum="")) as space:
             self.check_faults(space, FAULTS_WITHOUT_MD5)
+
+    def test_faults_without_size(self):
+        with DataSpace(list(made_products(3, checksum="", stated=0))) as space:
+            self.check_faults(space, FAULTS_WITHOUT_SIZE)
+
+    def test_a_body_that_crawls_counts_as_a_stall(self):
+        with DataSpace(ORBITS, content_size=200) as space:
+            self.check_faults(space, [("trickle every=0.02", "verified", 2)])
 
     def test_connections_that_end_at_any_byte(self):
         with DataSpace(ORBITS) as space:
@@ -5178,10 +5223,9 @@ class DownloadTest(DownloadCase):
     def test_at_most_so_many_transfers(self):
         records = list(made_products(10))
         for connections in (1, 2, 4):
-            with self.subTest(connections), DataSpace(records, content_size=16,
-                                                      max_transfers=None) as space:
+            with self.subTest(connections), DataSpace(records, max_transfers=None) as space:
                 self.new_folder()
-                switch_on(space, "trickle times=None every=0.002")
+                switch_on(space, "leisurely times=None")
                 tasks = [self.known(space, record) for record in records]
                 list(cso.download(tasks, self.session(space, connections=connections)))
                 self.assertRight(space, *records)
@@ -5190,11 +5234,11 @@ class DownloadTest(DownloadCase):
 
     def test_429_lowers_the_number_of_connections(self):
         records = list(made_products(12))
-        with DataSpace(records, content_size=16, max_transfers=2) as space:
-            switch_on(space, "trickle times=None every=0.002")
+        with DataSpace(records, max_transfers=2) as space:
+            switch_on(space, "leisurely times=None")
             tasks = [self.known(space, record) for record in records]
-            session = self.session(space, connections=4,
-                                   sleep=lambda seconds: space.closing.wait(0.01))
+            session = self.session(space, connections=4, retry=cso.Retry(50, 1, 9),
+                                   sleep=lambda seconds: space.closing.wait(0.005))
             list(cso.download(tasks, session))
             self.assertRight(space, *records)
             self.assertLessEqual(space.count("value"), 12 + 3)
@@ -5786,7 +5830,7 @@ class MainTest(Case):
                 (["run", missing], 1, "error: %s: can't be read" % missing),
                 (["run", several], 1, "choose one: --rcbase a or b"),
                 (["run", self.rc, "--part", "3"], 1, "--part: '3' is not I/N"),
-                (["run", self.rc, "--set", "area=1,2,3"], 1, "--set area:1: area: four numbers"),
+                (["run", self.rc, "--set", "area=1,2,3"], 1, "--set area: area: four numbers"),
                 (["run", self.rc, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
                 (["download", broken], 1, "table.csv:2: 1 fields; the header has 2"),
                 (["download", "nosuch.csv"], 1, "nosuch.csv: can't be read"),
