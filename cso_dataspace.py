@@ -4,10 +4,10 @@
 
 As a program:
 
-    python -m cso_dataspace run      my.rc               inquire, write the table, download
-    python -m cso_dataspace inquire  my.rc               the table only
-    python -m cso_dataspace download table.csv           the files of a table
-    python -m cso_dataspace check    my.rc               is everything in place, and if not, what to do
+    python -m cso_dataspace run      my.rc           inquire, write the table, download
+    python -m cso_dataspace inquire  my.rc           the table only
+    python -m cso_dataspace download table.csv       the files of a table
+    python -m cso_dataspace check    my.rc           is everything in place, if not what to do
 
 As a library:
 
@@ -42,7 +42,6 @@ import errno
 import hashlib
 import hmac
 import http.client
-import io
 import itertools
 import json
 import logging
@@ -151,62 +150,45 @@ class Stopped(DataSpaceError):
 
 ################ Expressions ################
 
-# The conditions of #if and `selection` and the sums of $(( )) are Python expressions of which a
-# small part is allowed: nothing here can call, import, or grow without bound.
+# The conditions of #if and `selection`, the sums of $(( )) and typed values are Python expressions
+# of which a small part is allowed: nothing here can import, call others, or grow without bound.
 
-LONGEST_EXPRESSION = 10000      # characters
-DEEPEST = 100                   # levels of nesting, in expressions and of #if and #for
-MOST_BITS = 4096                # of an integer
-MOST_ITEMS = 100000             # characters of a text, items of a list
-
-FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min,
-             "max": max, "abs": abs, "round": round, "sum": sum}
-METHODS = ("startswith", "endswith", "lower", "upper", "strip", "split", "replace")
-CONSTANTS = {"Constant": "value", "Num": "n", "Str": "s", "NameConstant": "value"}
+LARGEST = 10000         # characters of an expression or a text, items of a list, bits of a number
+DEEPEST = 100           # levels of an expression; files that include each other
 
 
 def parse_expression(text):
     """Return the tree of an expression for evaluate(); raise ValueError for what is not allowed."""
-    if len(text) > LONGEST_EXPRESSION:
-        raise ValueError("an expression of %d characters; at most %d are allowed"
-                         % (len(text), LONGEST_EXPRESSION))
-    if deepest_bracket(text) > DEEPEST // 2 or re.search(r"(?:(?:[-+~]|\bnot\b)\s*){50}", text):
-        raise ValueError("an expression nested too deep")
+    check_size(len(text))
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError("%r is no expression (%s)" % (
             text.strip()[:200], getattr(error, "msg", None) or type(error).__name__)) from None
-    level = [tree]
-    for depth in itertools.count(1):
-        if not level:
-            return tree
-        if depth > DEEPEST:
-            raise ValueError("an expression nested more than %d deep" % DEEPEST)
-        for node in level:
-            check_node(node)
-        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    check_node(tree)
+    return tree
 
 
-def deepest_bracket(text):
-    depths = itertools.accumulate((char in "([{") - (char in ")]}") for char in text)
-    return max(depths, default=0)
+def check_size(size):
+    if size > LARGEST:
+        raise ValueError("more than %d characters, items or bits" % LARGEST)
 
 
-def check_node(node):
-    """Raise ValueError for a node that is not allowed, and name it."""
-    kind = type(node).__name__
+def check_node(node, depth=1):
+    """Raise ValueError for a node that is not allowed, here or below, and name it."""
+    kind, below = type(node).__name__, ast.iter_child_nodes(node)
+    if depth > DEEPEST:
+        raise ValueError("an expression nested more than %d deep" % DEEPEST)
     if kind == "Call":
-        called = node.func
-        name = getattr(called, "id", None) or getattr(called, "attr", "this")
-        allowed = METHODS if isinstance(called, ast.Attribute) else FUNCTIONS
-        if name not in allowed or node.keywords:
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else getattr(node.func, "id", "this")
+        if name not in (METHODS if method else FUNCTIONS) or node.keywords:
             raise ValueError("a call of %s is not allowed" % name)
-    elif kind == "Attribute":
-        if node.attr not in METHODS:
-            raise ValueError("the attribute %s is not allowed" % node.attr)
+        below = node.args + ([node.func.value] if method else [])
     elif kind not in ALLOWED:
         raise ValueError("%s is not allowed in an expression" % kind)
+    for child in below:
+        check_node(child, depth + 1)
 
 
 def evaluate(tree, names={}):
@@ -215,28 +197,34 @@ def evaluate(tree, names={}):
     Raises ValueError for anything that goes wrong.
     """
     try:
-        return VALUES[type(tree).__name__](tree, names)
-    except ValueError:
-        raise
+        value = VALUES[type(tree).__name__](tree, names)
     except (TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
-        raise ValueError("%s" % (error or type(error).__name__)) from None
+        raise ValueError(str(error) or type(error).__name__) from None
+    if isinstance(value, int):
+        check_size(value.bit_length())
+    elif hasattr(value, "__len__"):
+        check_size(len(value))
+    return value
 
 
 def value_of_name(node, names):
-    if node.id in names:
-        return names[node.id]
-    if node.id in FUNCTIONS:
-        return FUNCTIONS[node.id]
-    near = difflib.get_close_matches(node.id, list(names), 1)
-    raise ValueError("%s is not known; %s" % (
-        node.id, "is %s meant?" % near[0] if near else "texts need quotes"))
+    if node.id not in names:
+        raise ValueError("%s is not known%s; texts need quotes" % (node.id, near(node.id, names)))
+    return names[node.id]
+
+
+def near(name, names):
+    """Return a phrase that names the likes of a misspelt name; empty where there are none."""
+    short = [other for other in map(str, names) if len(other) < 100][:5000]
+    found = difflib.get_close_matches(name[:100], short, 2)
+    return " (near: %s)" % ", ".join(found) if found else ""
 
 
 def value_of_bool(node, names):
-    stop = isinstance(node.op, ast.Or)
+    decisive = isinstance(node.op, ast.Or)
     for operand in node.values:
         value = evaluate(operand, names)
-        if bool(value) is stop:
+        if bool(value) is decisive:
             break
     return value
 
@@ -252,45 +240,14 @@ def value_of_compare(node, names):
 
 
 def value_of_binary(node, names):
-    left, right = evaluate(node.left, names), evaluate(node.right, names)
-    kind = type(node.op).__name__
-    if kind == "Pow" and (bits(left) + 1) * abs(right) > MOST_BITS:
-        raise ValueError("a power as large as that is not allowed")
-    if kind == "Mult" and (bits(left) + bits(right) > MOST_BITS
-                           or size_of_value(left) * abs(int_of(right)) > MOST_ITEMS
-                           or size_of_value(right) * abs(int_of(left)) > MOST_ITEMS):
-        raise ValueError("a product or repeat as large as that is not allowed")
-    if kind == "Mod" and isinstance(left, (str, bytes)):
-        raise ValueError("formatting by % is not allowed")
-    if size_of_value(left) + size_of_value(right) > MOST_ITEMS:
-        raise ValueError("a text or list as large as that is not allowed")
-    return BINARY[kind](left, right)
-
-
-def bits(value):
-    return value.bit_length() if isinstance(value, int) else 64
-
-
-def int_of(value):
-    return value if isinstance(value, int) else 1
-
-
-def size_of_value(value):
-    return len(value) if hasattr(value, "__len__") else 0
+    operation = BINARY[type(node.op).__name__]
+    return operation(evaluate(node.left, names), evaluate(node.right, names))
 
 
 def value_of_call(node, names):
     arguments = [evaluate(argument, names) for argument in node.args]
     if isinstance(node.func, ast.Attribute):
-        text = evaluate(node.func.value, names)
-        if not isinstance(text, str):
-            raise ValueError("%s is for texts only" % node.func.attr)
-        if node.func.attr == "replace" and (len(text) + 1) * max(
-                [1] + [len(argument) for argument in arguments[1:2]]) > MOST_ITEMS:
-            raise ValueError("a replacement as large as that is not allowed")
-        return getattr(text, node.func.attr)(*arguments)
-    if node.func.id == "int" and isinstance(arguments[0], str) and len(arguments[0]) > 1000:
-        raise ValueError("a number as long as that is not allowed")
+        return METHODS[node.func.attr](evaluate(node.func.value, names), *arguments)
     return FUNCTIONS[node.func.id](*arguments)
 
 
@@ -303,14 +260,44 @@ def items_of(node, names):
     return [evaluate(item, names) for item in node.elts]
 
 
+def multiplied(left, right):
+    """Return left * right; of texts too, but not of lists, which could hold each other."""
+    for text, count in ((left, right), (right, left)):
+        if isinstance(text, str):
+            check_size(len(text) * count)
+        elif hasattr(text, "__len__"):
+            raise TypeError("a list can't be multiplied")
+    return left * right
+
+
+def power(base, exponent):
+    if isinstance(base, int) and isinstance(exponent, int):
+        check_size(base.bit_length() * exponent)
+    return base ** exponent
+
+
+def rounded(number, *digits):       # round(1, -10 ** 9) would take for ever
+    return round(number, *(max(-LARGEST, min(LARGEST, count)) for count in digits))
+
+
+def replaced(text, old, new, *count):
+    check_size(text.count(old) * len(new))
+    return text.replace(old, new, *count)
+
+
+FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min,
+             "max": max, "abs": abs, "round": rounded, "sum": sum}
+METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.lower,
+           "upper": str.upper, "strip": str.strip, "split": str.split, "replace": replaced}
 COMPARISONS = {
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le,
     "Gt": operator.gt, "GtE": operator.ge, "Is": operator.is_, "IsNot": operator.is_not,
     "In": lambda left, right: left in right, "NotIn": lambda left, right: left not in right}
-BINARY = {"Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
-          "FloorDiv": operator.floordiv, "Mod": operator.mod, "Pow": operator.pow}
+BINARY = {"Add": operator.add, "Sub": operator.sub, "Mult": multiplied, "Div": operator.truediv,
+          "FloorDiv": operator.floordiv, "Pow": power,
+          "Mod": lambda left, right: divmod(left, right)[1]}        # % of a text would format it
 UNARY = {"Not": operator.not_, "UAdd": operator.pos, "USub": operator.neg}
-VALUES = {
+VALUES: dict = {
     "Name": value_of_name, "BoolOp": value_of_bool, "Compare": value_of_compare,
     "BinOp": value_of_binary, "Call": value_of_call, "Slice": value_of_slice,
     "List": items_of, "Tuple": lambda node, names: tuple(items_of(node, names)),
@@ -321,22 +308,20 @@ VALUES = {
     "IfExp": lambda node, names: evaluate(node.body if evaluate(node.test, names)
                                           else node.orelse, names),
     "Subscript": lambda node, names: evaluate(node.value, names)[evaluate(node.slice, names)],
-    "Index": lambda node, names: evaluate(node.value, names)}      # before Python 3.9
-for kind, attribute in CONSTANTS.items():
-    VALUES[kind] = lambda node, names, attribute=attribute: getattr(node, attribute)
-ALLOWED = (set(VALUES) | set(COMPARISONS) | set(BINARY) | set(UNARY)
-           | {"And", "Or", "Load"}) - {"Call"}
+    "Index": lambda node, names: evaluate(node.value, names)}       # before Python 3.9
+VALUES.update(dict.fromkeys(("Constant", "Num", "Str", "NameConstant"),
+                            lambda node, names: ast.literal_eval(node)))
+ALLOWED = {"And", "Or", "Load"}.union(VALUES, COMPARISONS, BINARY, UNARY)
 
 
 ################ Settings ################
 
-# file -> logical lines -> statements -> keys and values, by a work list: a statement whose
-# variables are not all known waits for them, so definitions may stand in any order.
+# A file gives logical lines, these give statements; a statement whose variables are not all known
+# waits for them, so definitions may stand in any order.
 
 VARIABLE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
-LONGEST_LINE = 4 * 10 ** 6      # characters, after substitution
-LONGEST_TOTAL = 50 * 10 ** 6
-MOST_LINES = 10 ** 6            # statements, after #include and #for
+MOST_CHARACTERS = 3 * 10 ** 7   # of all that is read and made by ${}, #for and #include
+LINE_COST = 100                 # characters that the shortest line counts for
 
 
 class Line(NamedTuple):
@@ -358,41 +343,43 @@ class Line(NamedTuple):
         return self.text[len(self.word) + 1:].strip()
 
     def wrong(self, message):
-        return SettingsError(message, self.filename, self.lineno)
+        return SettingsError(message[:2000], self.filename, self.lineno)
 
 
-def read_text(filename):
-    """Return the text of a file, UTF-8 or else Latin-1; raise SettingsError."""
-    try:
-        with open(filename, "rb") as source:
-            data = source.read()
-    except (OSError, ValueError) as error:
-        raise SettingsError("can't be read: %s (current directory %s)" % (
-            getattr(error, "strerror", None) or error, os.getcwd()), filename) from None
-    if b"\0" in data:
-        raise SettingsError("a NUL byte; a text file was expected", filename,
-                            data[:data.index(b"\0")].count(b"\n") + 1)
+def first_file(paths, line):
+    """Return (path, bytes) of the first path that can be read."""
+    tried = []
+    for path in dict.fromkeys(map(os.path.normpath, paths)):
+        try:
+            with open(path, "rb") as source:
+                return path, source.read(MOST_CHARACTERS + 1)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            tried.append("%s (%s)" % (os.path.abspath(path)[-500:], reason))
+    raise line.wrong("%s can't be read; tried %s" % (line.text or "settings", ", ".join(tried)))
+
+
+def logical_lines(data, filename, chain):
+    """Yield the lines of a file, continuations joined by one blank, without comment lines."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def logical_lines(filename, chain=()):
-    """Yield the lines of a file, continuations joined by one blank, without comment lines."""
-    pieces, first = [], 0
-    physical = read_text(filename).split("\n")
+    pieces, first = [], 1
+    physical = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for lineno, text in enumerate(physical, 1):
         text = text.rstrip()
-        first = first or lineno
-        pieces.append((text.strip() if pieces else text).rstrip("\\").rstrip())
+        piece = (text.strip() if pieces else text).rstrip("\\").rstrip()
+        if piece or not pieces:
+            pieces.append(piece)
         if text.endswith("\\") and lineno < len(physical):
             continue
-        joined = " ".join(pieces).rstrip()
-        if joined and not joined.lstrip().startswith("!"):
-            yield Line(joined, filename, first, chain + (filename,))
-        pieces, first = [], 0
+        line = Line(" ".join(pieces).rstrip(), filename, first, chain)
+        if "\0" in line.text:
+            raise line.wrong("a NUL byte; expected a text file in UTF-8")
+        if line.text and not line.text.lstrip().startswith("!"):
+            yield line
+        pieces, first = [], lineno + 1
 
 
 def statements(lines):
@@ -402,30 +389,25 @@ def statements(lines):
     """
     lines = iter(lines)
     for line in lines:
-        if line.word in ("if", "for"):
-            yield line, branches_of(line, lines)
-        elif line.word in ("elif", "else", "endif", "endfor"):
+        if line.word in ("elif", "else", "endif", "endfor"):
             raise line.wrong("#%s without its beginning; expected #if or #for before" % line.word)
-        else:
-            yield line, None
+        yield line, branches_of(line, lines) if line.word in ("if", "for") else None
 
 
 def branches_of(opener, lines):
+    """Return [(header, body), ...] up to the #endif or #endfor of the opener."""
     branches, openers = [(opener, [])], [opener]
     for line in lines:
-        word = line.word
-        if word in ("if", "for"):
+        if line.word in ("if", "for"):
             openers.append(line)
-            if len(openers) > DEEPEST:
-                raise line.wrong("#if and #for nested more than %d deep" % DEEPEST)
-        elif word in ("endif", "endfor"):
+        elif line.word in ("endif", "endfor"):
             last = openers.pop()
-            if word != "end" + last.word:
+            if line.word != "end" + last.word:
                 raise line.wrong("#%s ends the #%s of line %d; expected #end%s" % (
-                    word, last.word, last.lineno, last.word))
+                    line.word, last.word, last.lineno, last.word))
             if not openers:
                 return branches
-        if word in ("elif", "else") and len(openers) == 1 and opener.word == "if":
+        if line.word in ("elif", "else") and openers == [opener] and opener.word == "if":
             branches.append((line, []))
         else:
             branches[-1][1].append(line)
@@ -442,55 +424,25 @@ def uncommented(text):
     return key + colon + value
 
 
-def calculated(text, line):
-    """Return the text with each $(( EXPRESSION )) replaced by its value."""
-    while "$((" in text:
-        before, _, after = text.partition("$((")
-        depths = itertools.accumulate((char == "(") - (char == ")") for char in "((" + after)
-        end = next((index for index, depth in enumerate(depths) if depth == 0), 0) - 2
-        if end < 1 or after[end - 1] != ")":
-            raise line.wrong("$(( without )); expected a sum such as $(( 1 + 2 ))")
-        try:
-            value = evaluate(parse_expression(after[:end - 1]))
-        except ValueError as error:
-            raise line.wrong("$((%s)): %s" % (after[:end - 1][:200], error)) from None
-        text = before + str(value) + after[end + 1:]
-    return text
-
-
 class Unknown(Exception):
-    """Some variables of a statement have no value yet; `names` are they."""
-
-    def __init__(self, names):
-        super().__init__(names)
-        self.names = names
+    """A variable has no value yet; its name is args[0]."""
 
 
 class Reader:
-    """Reads one settings file with all it includes into `values` and `places`, dicts by key."""
+    """Reads a settings file with all it includes into `values` and `places`, dicts by key."""
 
-    def __init__(self, filename, env, environ, chain=()):
-        self.filename, self.env, self.environ = filename, env, environ
-        self.values, self.places, self.specials = {}, {}, {}
+    def __init__(self, path, origin, env, environ, cost=0):
+        self.env, self.environ, self.cost = env, environ, cost
+        self.values, self.places, specials = {}, {}, {}
+        self.known = collections.ChainMap(env, environ, self.values, specials)
         self.queue, self.waiting = collections.deque(), {}
-        self.statements = self.characters = 0
-        self.push(logical_lines(filename, chain))
+        self.read([path], origin)
         self.work()
-        if self.waiting:                # own keys first: what is left may be meant as a special
-            self.specials = special_variables()
-            for name in self.specials:
-                self.wake(name)
-            self.work()
+        specials.update(special_variables())        # last: keys of the file go before them
+        self.wake(*specials)
+        self.work()
         if self.waiting:
             raise self.undefined()
-
-    def push(self, lines):
-        added = list(statements(lines))
-        self.statements += len(added)
-        if self.statements > MOST_LINES:
-            raise SettingsError("more than %d lines after #include and #for" % MOST_LINES,
-                                self.filename)
-        self.queue.extendleft(reversed(added))
 
     def work(self):
         actions = {"": self.define, "if": self.choose, "for": self.repeat, "error": self.fail,
@@ -499,92 +451,107 @@ class Reader:
             line, branches = self.queue.popleft()
             if line.word not in actions:
                 raise line.wrong("%r is no directive; expected #include, #from, #if, #for or "
-                                 "#error (a comment begins with !)" % line.text[:60])
+                                 "#error (a comment begins with !)" % line.text)
             try:
                 actions[line.word](line, branches)
             except Unknown as unknown:
-                waiter = (set(unknown.names), line, branches)
-                for name in waiter[0]:
-                    self.waiting.setdefault(name, []).append(waiter)
+                self.waiting.setdefault(unknown.args[0], []).append((line, branches))
 
-    def wake(self, name):
-        for names, line, branches in self.waiting.pop(name, ()):
-            names.discard(name)
-            if not names:
-                self.queue.append((line, branches))
+    def wake(self, *names):
+        for name in names:
+            self.queue.extend(self.waiting.pop(name, ()))
 
-    def lookup(self, name):
-        for source in (self.env, self.environ, self.values, self.specials):
-            if name in source:
-                return str(source[name])
-        return None
+    def spend(self, characters, line):
+        """Count what is read and made; raise SettingsError where it grows without bound."""
+        self.cost += characters
+        if self.cost > MOST_CHARACTERS:
+            raise line.wrong("the settings grow beyond %d characters, here by %.60r; expected "
+                             "less of ${}, #for and #include" % (MOST_CHARACTERS, line.text))
+
+    def read(self, paths, line):
+        """Put the lines of the first file that can be read before all others."""
+        path, data = first_file(paths, line)
+        chain = line.chain + (path,)
+        if os.path.realpath(path) in map(os.path.realpath, line.chain):
+            raise line.wrong("a file includes itself: %s" % " -> ".join(chain))
+        if len(chain) > DEEPEST:
+            raise line.wrong("files include each other more than %d deep" % DEEPEST)
+        self.spend(len(data) + 10 * LINE_COST, line)
+        self.push(logical_lines(data, path, chain), line)
+
+    def push(self, lines, origin):
+        lines = list(lines)
+        self.spend(sum(LINE_COST + len(line.text) for line in lines), origin)
+        self.queue.extendleft(reversed(list(statements(lines))))
 
     def substitute(self, text, line):
         """Return the text with its variables filled in, in one pass; raise Unknown."""
-        size = 0
-
         def value(match):
-            nonlocal size
-            found = known[match.group(1)]
-            size += len(found)
-            if size > LONGEST_LINE:
-                raise line.wrong("longer than %d characters with its variables" % LONGEST_LINE)
+            if match.group(1) not in self.known:
+                raise Unknown(match.group(1))
+            found = str(self.known[match.group(1)])
+            self.spend(len(found), line)
             return found
 
-        known = {name: self.lookup(name) for name in set(VARIABLE.findall(text))}
-        missing = [name for name in known if known[name] is None]
-        if missing:
-            raise Unknown(missing)
+        self.spend(len(text), line)
         return VARIABLE.sub(value, text)
 
     def header(self, line):
         """Return what follows a directive, with its variables filled in."""
         return self.substitute(line.rest, line)
 
+    def calculated(self, text, line):
+        """Return the text with each $(( EXPRESSION )) replaced by its value."""
+        done, *others = text.split("$((")
+        done = [done]
+        for other in others:
+            depths = itertools.accumulate((char == "(") - (char == ")") for char in other)
+            end = next((at for at, depth in enumerate(depths) if depth < 0), None)
+            if end is None or other[end:end + 2] != "))":
+                raise line.wrong("$((%s: without )); expected such as $(( 1 + 2 ))" % other)
+            try:
+                done.append(str(evaluate(parse_expression(other[:end]))))
+            except ValueError as error:
+                raise line.wrong("$((%.200s)): %s" % (other[:end], error)) from None
+            self.spend(len(done[-1]), line)
+            done.append(other[end + 2:])
+        return "".join(done)
+
     def define(self, line, branches):
-        text = calculated(self.substitute(uncommented(line.text), line), line)
-        key, colon, value = (piece.strip() for piece in text.partition(":"))
+        text = self.calculated(self.substitute(uncommented(line.text), line), line)
+        key, colon, value = text.partition(":")
         if not colon:
-            raise line.wrong("no ':' in %r; expected 'key : value'" % line.text.strip()[:60])
-        self.put(key, value, line)
+            raise line.wrong("no ':' in %r; expected 'key : value'" % line.text.strip())
+        self.put(key.strip(), value.strip(), line)
 
     def put(self, key, value, line):
         if key in self.values:
-            raise line.wrong("key %r is defined twice, before at %s:%d; expected one definition"
-                             % (key, self.places[key].filename, self.places[key].lineno))
-        self.characters += len(key) + len(value)
-        if self.characters > LONGEST_TOTAL:
-            raise line.wrong("more than %d characters in all values" % LONGEST_TOTAL)
+            raise line.wrong("key %.200r is defined twice, before at %s:%d; expected one "
+                             "definition" % ((key,) + self.places[key][1:3]))
         self.values[key], self.places[key] = value, line
         self.wake(key)
 
     def choose(self, line, branches):
         for header, body in branches:
             if header.word == "else" or self.condition(header):
-                self.push(body)
+                self.push(body, header)
                 return
 
     def condition(self, line):
-        text = self.header(line)
+        text = self.header(line).rstrip(" :")
         try:
-            return evaluate(parse_expression(re.sub(r":\s*$", "", text)))
+            return evaluate(parse_expression(text))
         except ValueError as error:
-            raise line.wrong("#%s %s: %s" % (line.word, text[:200], error)) from None
+            raise line.wrong("#%s %.200s: %s" % (line.word, text, error)) from None
 
     def repeat(self, line, branches):
-        match = re.match(r"(\S+)\s+in(?:\s+(.*?))?\s*:?$", self.header(line), re.S)
-        if not match:
-            raise line.wrong("%r; expected '#for NAME in WORD WORD ...'" % line.text[:60])
-        name, words = match.group(1), (match.group(2) or "").split()
+        name, *words = self.header(line).rstrip(" :").split() or [""]
+        if words[:1] != ["in"]:
+            raise line.wrong("%r; expected '#for NAME in WORD WORD ...'" % line.text)
         body = branches[0][1]
-        if len(words) * len(body) > MOST_LINES:
-            raise line.wrong("a #for that makes more than %d lines" % MOST_LINES)
-        for word in reversed(words):
-            grown = sum(len(inner.text) + inner.text.count(name) * len(word) for inner in body)
-            self.characters += grown
-            if self.characters > LONGEST_TOTAL:
-                raise line.wrong("a #for that makes more than %d characters" % LONGEST_TOTAL)
-            self.push(inner._replace(text=inner.text.replace(name, word)) for inner in body)
+        for word in reversed(words[1:]):
+            self.spend(LINE_COST + sum(inner.text.count(name) * len(word) for inner in body), line)
+            self.push([inner._replace(text=inner.text.replace(name, word)) for inner in body], line)
 
     def fail(self, line, branches):
         raise line.wrong(self.header(line).replace("\\n", "\n").replace("\\t", "    "))
@@ -592,62 +559,71 @@ class Reader:
     def include(self, line, branches):
         name = self.header(line)
         below, main = os.path.dirname(line.filename), os.path.dirname(line.chain[0])
-        tried = ([os.path.join(below, name)] if name.startswith("./") else
-                 [name, os.path.join(below, name), os.path.join(main, name)])
-        self.push(logical_lines(existing(tried, line), line.chain))
+        beside = os.path.join(below, name)
+        self.read([beside] if name.startswith("./") else [name, beside, os.path.join(main, name)],
+                  line)
 
     def take(self, line, branches):
-        match = re.match(r"(.+?)\s+import\s+(.+)$", self.header(line))
-        words = match.group(2).split() if match else []
-        renamed = len(words) == 3 and words[1] == "as"
-        if not words or ("as" in words and not renamed):
-            raise line.wrong("%r; expected '#from FILE import KEY ...' or '#from FILE import KEY as "
-                             "NAME'" % line.text[:80])
-        path = existing([os.path.join(os.path.dirname(line.filename), match.group(1))], line)
-        values = Reader(path, self.env, self.environ, line.chain).values
-        for key, name in [(words[0], words[2])] if renamed else zip(words, words):
-            if key not in values:
-                raise line.wrong("no key %r in %s%s" % (key, path, near(key, values)))
-            self.put(name, values[key], line)
+        name, word, keys = re.sub(r"\s+", " ", self.header(line)).partition(" import ")
+        keys = keys.split()
+        if not keys:
+            raise line.wrong("%r; expected '#from FILE import KEY ...' or '#from FILE import KEY "
+                             "as NAME'" % line.text)
+        path = os.path.join(os.path.dirname(line.filename), name)
+        other = Reader(path, line, self.env, self.environ, self.cost)
+        self.cost = other.cost
+        renamed = len(keys) == 3 and keys[1] == "as"
+        for key, name in [(keys[0], keys[2])] if renamed else zip(keys, keys):
+            if key not in other.values:
+                raise line.wrong("no key %r in %s%s" % (key, path, near(key, other.values)))
+            self.put(name, other.values[key], line)
 
     def undefined(self):
-        """Return the error for the variables that nobody defines, or that need each other."""
-        waiters = [(line, name) for name, group in self.waiting.items() for _, line, _ in group]
-        pending = {line.text.partition(":")[0].strip(): line for line, name in waiters}
-        waiters.sort(key=lambda waiter: (waiter[1] in pending, waiter[0].filename,
-                                         waiter[0].lineno, waiter[1]))
-        line, name = waiters[0]
-        if name not in pending:
-            return line.wrong("${%s} is not defined%s; expected a key of that name here, or in the "
-                              "environment" % (name, near(name, list(self.values) + list(pending)
-                                                          + list(self.env) + list(self.environ))))
-        return line.wrong("${%s} needs itself, by way of line %d of %s; expected a value that "
-                          "does not" % (name, pending[name].lineno, pending[name].filename))
+        """Return the error for a variable that nobody defines, or else for one that needs itself.
 
-
-def near(name, names):
-    found = difflib.get_close_matches(name, list(names)[:5000], 2)
-    return " (near: %s)" % ", ".join(found) if found else ""
-
-
-def existing(tried, line):
-    """Return the first of the paths that is a file, and not one that is being read already."""
-    tried = list(dict.fromkeys(map(os.path.normpath, tried)))
-    for path in tried:
-        if os.path.isfile(path):
-            if os.path.realpath(path) in map(os.path.realpath, line.chain):
-                raise line.wrong("%s includes itself: %s" % (path, " -> ".join(
-                    line.chain + (path,))))
-            if len(line.chain) >= DEEPEST:
-                raise line.wrong("files included more than %d deep" % DEEPEST)
-            return path
-    raise line.wrong("%s is not found; tried %s" % (
-        line.text[:200], ", ".join(os.path.abspath(path) for path in tried)))
+        A directive that waits goes first: what others wait for may stand in its body.
+        """
+        waiting = [(name, line) for name, group in self.waiting.items() for line, _ in group]
+        pending = {line.text.partition(":")[0].strip(): line for _, line in waiting}
+        name, line = min(waiting, key=lambda pair: (
+            pair[0] in pending, not pair[1].word, len(pair[1].chain), pair[1][1:3]))
+        if name in pending:
+            return line.wrong("${%s} needs itself, by way of %s:%d; expected a value that does not"
+                              % ((name,) + pending[name][1:3]))
+        return line.wrong("${%s} is not defined%s; expected a key of that name, or a variable of "
+                          "the environment" % (name, near(name, itertools.chain(pending, self.known))))
 
 
 def special_variables():
     return {"pid": os.getpid(), "hostname": socket.gethostname(), "pwd": os.getcwd(),
             "script": os.path.splitext(os.path.basename(sys.argv[0]))[0]}
+
+
+def read_settings(filename, env={}, environ=os.environ):
+    """Return the Settings of a file in the rc format; raise SettingsError with file and line.
+
+    `env` are variables for ${NAME}, of any type; they go before those of the environment.
+    """
+    settings = Settings(os.fsdecode(filename))
+    origin = Line("", settings.filename, 0, ())
+    reader = Reader(settings.filename, origin, env, environ)
+    for key, line in sorted(reader.places.items(), key=lambda item: (
+            len(item[1].chain), item[1].filename, item[1].lineno)):
+        settings.set(key, reader.values[key], line.filename, line.lineno)
+    return settings
+
+
+def write_settings(settings, filename):
+    """Write the values as `key : value` lines that read back the same, beside and renamed."""
+    with replacing(os.fspath(filename)) as out:
+        for key in settings.keys():
+            out.write(written(key, settings.get(key, "str")) + "\n")
+
+
+def written(key, value):
+    """Return the line of a setting; what would mean more than itself becomes an expression."""
+    return re.sub(r"^[#!]|\$(?=\{|\(\()|\\$|[\r\n\ud800-\udfff]", lambda match:
+                  "$(( %r ))" % match.group(), "%s : %s" % (key, value.replace("!", "\\!")))
 
 
 ################ Typed values ################
@@ -660,31 +636,34 @@ LITERALS = {"int": int, "float": float, "list": list, "tuple": tuple, "dict": di
 def converted(text, totype):
     """Return the text of a value as type "str", "bool", "int", "datetime" etc.; raise ValueError.
 
-    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.  Times are
-    UTC, 2018-07-01 00:00 or 2018-07-01T00:00:00Z.
+    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.
     """
-    if totype in ("", "str"):
-        if not totype and text in ("T", "F", "True", "False"):
-            raise ValueError("looks like a bool; ask for it as 'bool' or 'str'")
-        return text
-    if totype == "bool":
-        if text not in BOOLEANS:
-            raise ValueError("is no bool; expected one of %s" % " ".join(BOOLEANS))
-        return BOOLEANS[text]
+    if totype in LITERALS:
+        return literal_of(text, LITERALS[totype])
     if totype == "datetime":
         return datetime_of(text)
-    if totype not in LITERALS:
-        raise ValueError("can't be given as %r; expected one of str bool datetime %s"
-                         % (totype, " ".join(LITERALS)))
+    if totype == "bool":
+        if text not in BOOLEANS:
+            raise ValueError("is no bool; expected one of " + " ".join(BOOLEANS))
+        return BOOLEANS[text]
+    if totype not in ("", "str"):
+        raise ValueError("can't be given as %r; expected str, bool, datetime, %s"
+                         % (totype, ", ".join(LITERALS)))
+    if not totype and text in ("T", "F", "True", "False"):
+        raise ValueError("looks like a bool; ask for it as 'bool' or 'str'")
+    return text
+
+
+def literal_of(text, kind):
     try:
-        kind = LITERALS[totype]
         return kind(evaluate(parse_expression(text))) if text.strip() else kind()
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError("is no %s: %s" % (totype, error)) from None
+        raise ValueError("is no %s: %s" % (kind.__name__, error)) from None
 
 
 def datetime_of(text):
-    words = re.sub(r"[-/:]|(?<=\d)T(?=\d)", " ", re.sub(r"Z$", "", text.strip())).split()
+    """Return the UTC time of a text: 2018-07-01, 2018-07-01 00:00 or 2018-07-01T00:00:00Z."""
+    words = re.sub(r"[-/:]|(?<=\d)T(?=\d)|Z$", " ", text.strip()).split()
     try:
         if 3 <= len(words) <= 7:
             return datetime.datetime(*map(int, words))
@@ -698,72 +677,44 @@ class Settings:
 
     SECTION = "settings"
 
-    def __init__(self, filename, values=(), places=()):
-        self.filename, self.places = filename, dict(places)
+    def __init__(self, filename):
+        self.filename, self.places = filename, {}
         self.store = configparser.RawConfigParser(strict=True, delimiters=(":",))
         self.store.optionxform = str
         self.store.add_section(self.SECTION)
-        for key, value in dict(values).items():
-            self.store.set(self.SECTION, key, value)
 
     def keys(self):
         """Return all keys, in the order of the files."""
-        return sorted(self.store.options(self.SECTION), key=lambda key: (
-            self.places[key].filename != self.filename, self.places[key][1:3]))
+        return self.store.options(self.SECTION)
 
     def __contains__(self, key):
         return self.store.has_option(self.SECTION, key)
 
     def place(self, key):
         """Return where a key is defined, as file:line."""
-        filename, lineno = self.places[key][1:3]
-        return "%s:%d" % (filename, lineno) if lineno else filename
+        return ":".join(str(part) for part in self.places.get(key, (self.filename,)) if part)
 
-    def set(self, key, value, place):
-        """Give a key another value; `place` is named in errors."""
+    def set(self, key, value, filename, lineno=None):
+        """Give a key a value; the place is named in errors."""
         self.store.set(self.SECTION, key, value)
-        self.places[key] = Line("", place, 0, ())
+        self.places[key] = (filename, lineno)
 
     def get(self, key, totype="", default=None):
         """Return a value as a type of converted(); raise SettingsError.
 
         `default`, if not None, is returned as it is for a key that is absent.
         """
-        if key not in self:
-            if default is not None:
-                return default
+        if key in self:
+            text = self.store.get(self.SECTION, key)
+            try:
+                return converted(text, totype)
+            except ValueError as error:
+                raise SettingsError("%s: %.200r %s" % (key, text, error),
+                                    *self.places[key]) from None
+        if default is None:
             raise SettingsError("key %r is not there%s" % (key, near(key, self.keys())),
                                 self.filename)
-        text = self.store.get(self.SECTION, key)
-        try:
-            return converted(text, totype)
-        except ValueError as error:
-            raise SettingsError("%s: %r %s" % (key, text[:200], error), self.place(key)) from None
-
-
-def read_settings(filename, env={}, environ=os.environ):
-    """Return the Settings of a file in the rc format; raise SettingsError with file and line.
-
-    `env` are variables for ${NAME}, of any type; they go before those of the environment.
-    """
-    reader = Reader(os.fspath(filename), env, environ)
-    return Settings(os.fspath(filename), reader.values, reader.places)
-
-
-def write_settings(settings, filename):
-    """Write the values as `key : value` lines that read back the same, beside and renamed."""
-    with replacing(os.fspath(filename)) as out:
-        for key in settings.keys():
-            out.write("%s : %s\n" % (key, written(settings.get(key, "str"))))
-
-
-def written(value):
-    """Return a value as it is written in a file, what would be read as more in an expression."""
-    if VARIABLE.search(value) or "$((" in value or value.endswith("\\"):
-        quoted = repr(value)
-        broken = re.sub(r"\$(?=[{(])", "$%s %s" % (quoted[0], quoted[0]), quoted)
-        return "$(( %s ))" % broken.replace("!", "\\!")
-    return value.replace("!", "\\!")
+        return default
 
 
 def candidates(rcbase, name):
@@ -953,7 +904,7 @@ def is_directory_product(filename):
 # one pole or both. Four ideas set it right, with no case for this pole or that:
 #
 # 1. Unwrap. On an endless axis a step of 359 degrees is one of -1, and no curve jumps. Only steps
-#    that catalogues drew on purpose, along a pole or round a whole parallel, stay as they are.
+#    of 360 degrees along a parallel, round the whole globe, are drawn on purpose and stay.
 # 2. Close over the pole, by looking south. From a place look down the meridian and count the
 #    edges you see: +1 if it runs east, which has you on its left, -1 if it runs west. That is the
 #    winding number of the walk, closed over the north pole if it goes round one, and nothing need
@@ -1136,8 +1087,8 @@ def unwrapped(ring):
 
 
 def on_purpose(step, lat0, lat1):
-    """Is a step of more than half a turn drawn so: along a pole, or round a whole parallel?"""
-    return abs(lat1 - lat0) < SAME and (abs(lat0) > 90 - SAME or abs(abs(step) - 360) < SAME)
+    """Is a step drawn round the globe, as the edges of bands and of cut polygons are?"""
+    return abs(abs(step) - 360) < SAME and abs(lat1 - lat0) < SAME
 
 
 def bent(edges):
@@ -1388,23 +1339,20 @@ def pieces_of(walk):
                 pieces.append([(x0 - 360 * turns, z0)])
             pieces[-1].append((x1 - 360 * turns, z1))
         last_turns = turns
-    if len(pieces) > 1 and go_on(pieces[-1], pieces[0]):
-        pieces[0] = pieces.pop() + pieces[0][1:]
+    if len(pieces) > 1 and same_place(pieces[-1][-1], pieces[0][0]):
+        pieces[0] = pieces.pop() + pieces[0][1:]  # cut only where the ring happens to begin
     return pieces
 
 
 def cut_at_180(x0, z0, x1, z1):
-    """An edge as edges that do not cross 180 or a copy of it."""
-    turns = turns_between(min(x0, x1) - 180, max(x0, x1) - 180)
-    xs = [180 + 360 * turn for turn in turns][::1 if x0 < x1 else -1]
-    crossings = [(x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)) for x in xs]
-    return edges_of([(x0, z0)] + crossings + [(x1, z1)])
+    """An edge as edges that do not cross 180 or a copy of it (once: no edge is above a turn)."""
+    crossings = [180 + 360 * turns for turns in turns_between(min(x0, x1) - 180, max(x0, x1) - 180)]
+    return edges_of([(x0, z0)] + [(x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)) for x in crossings] +
+                    [(x1, z1)])
 
 
-def go_on(before, after):
-    """Is the break between two pieces only where the ring happened to begin?"""
-    (x0, z0), (x1, z1) = before[-1], after[0]
-    return abs(x0 - x1) < SLACK and z0 == z1 and abs(x0) < 180
+def same_place(start, end):
+    return abs(start[0] - end[0]) < SLACK and start[1] == end[1]
 
 
 def joined_round_frame(pieces):
@@ -2189,7 +2137,7 @@ class Session:
         return self.retrying("catalogue", read, retry)
 
     def post(self, url, fields):
-        """Return the body of the answer to a form, sent once: whoever needs the token tries again."""
+        """Return the body of the answer to a form, sent once: who needs the token tries again."""
         return self.read(url, {}, urllib.parse.urlencode(fields).encode("ascii"), Retry(1))
 
     def open(self, url, headers={}):
@@ -2907,7 +2855,7 @@ class Part:
     """
 
     numbers = itertools.count()
-    alive = set()               # the parts that this process is at, by path
+    alive: set = set()          # the parts that this process is at, by path
 
     def __init__(self, target):
         self.target = target
@@ -3307,13 +3255,11 @@ def existing_directory(path):
 
 def bytes_text(count):
     """Return a number of bytes for people: 63.8 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "TB"
-    return "%d %s" % (count, unit) if unit == "bytes" else "%.1f %s" % (count, unit)
+        units.pop(0)
+    return ("%d %s" if units[0] == "bytes" else "%.1f %s") % (count, units[0])
 
 
 def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambda: None):
@@ -3324,6 +3270,8 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
     """
     tasks = list(tasks)
     check_space(tasks)
+    if new_md5() is None:
+        log.warning("this system refuses MD5 (FIPS); files are checked by their size only")
     waiting, done = collections.deque(tasks), queue.Queue()
 
     def job(task):
@@ -3791,7 +3739,7 @@ class UtopyaRc:
 
 
 class NullAuth:
-    """Keeps requests from replacing a bearer header by the netrc file: requests.get(auth=NullAuth())
+    """Keeps requests from replacing a bearer header by netrc: requests.get(url, auth=NullAuth()).
 
     A callable that returns its argument, which is all that requests asks of an auth object.
     Nothing in this module needs it.
@@ -3931,8 +3879,9 @@ class Progress:
         self.skipped += 0 if outcome.bytes else size
         text = "%s: %s" % (outcome.filename, outcome.state)
         if outcome.bytes:
-            text += ", %s in %.1f s, %s/s" % (bytes_text(outcome.bytes), outcome.seconds, bytes_text(
-                outcome.bytes / max(outcome.seconds, 0.001)))
+            rate = outcome.bytes / max(outcome.seconds, 0.001)
+            text += ", %s in %.1f s, %s/s" % (
+                bytes_text(outcome.bytes), outcome.seconds, bytes_text(rate))
         quiet = self.screen.terminal and outcome.state in ("verified", "size only", "present")
         log.log(logging.DEBUG if quiet else logging.INFO, "%s", text)
 

@@ -15,6 +15,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gc, logging      # NEW IMPORTS for the single file
 import hashlib
 import http.client
 import http.server
@@ -22,7 +23,7 @@ import inspect
 import io
 import itertools
 import json
-import logging      # NEW IMPORT for the single file
+import logging
 import math
 import operator
 import os
@@ -2169,6 +2170,9 @@ class Case(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
         self.waits = []
+        quiet = logging.NullHandler()
+        cso.log.addHandler(quiet)
+        self.addCleanup(cso.log.removeHandler, quiet)
         clean = {name: value for name, value in os.environ.items()
                  if not name.upper().endswith("_PROXY") and not name.startswith(("CDSE_", "NETRC"))}
         self.use(mock.patch.dict(os.environ, dict(clean, HOME=self.folder), clear=True))
@@ -2705,7 +2709,8 @@ def moved(ring, lon=0.0, mirror=1):
 
 def box_moved(box, lon=0.0, mirror=1):
     west, east = ((x + lon + 180) % 360 - 180 for x in box[::2])
-    return [west, min(mirror * box[1], mirror * box[3]), east, max(mirror * box[1], mirror * box[3])]
+    south, north = sorted(mirror * y for y in box[1::2])
+    return [west, south, east, north]
 
 
 def map_share(geometry):
@@ -2738,7 +2743,9 @@ TRACK = {"type": "MultiLineString", "coordinates": [
     [[1.29, -70.06], [0, -69.25]],
     [[0, -69.25], [-0.97, -68.44], [-10.01, -58.36], [-14.56, -49.71], [-18.51, -39.19]]]}
 
-# A swath round longitude 0 that holds both poles, but what is not covered was drawn, cut at 180.
+# What is not covered, cut at 180: all but the north, all but a swath that holds both poles.
+ALL_BUT_A_CAP = polygon([[-180, 60], [-90, 70], [0, 50], [90, 70], [180, 60], [180, -90],
+                         [-180, -90], [-180, 60]])
 ALL_BUT_A_SWATH = {"type": "MultiPolygon", "coordinates": [
     [[[-180, -80], [-120, -78], [-60, -65], [-20, 0], [-60, 65], [-120, 78], [-180, 80],
       [-180, -80]]],
@@ -2765,7 +2772,7 @@ class FootprintTest(unittest.TestCase):
 
     def test_half_orbits_in_every_style(self):
         chance = random.Random(1)
-        for centre, node in [(0, 20), (0, 171), (5, -80), (-8, 100), (20, 0), (-20, 62), (35, 175)]:
+        for centre, node in [(0, 20), (0, 180), (5, 171), (5, -80), (-20, 100), (20, 0), (35, 175)]:
             ring = swath(node, centre)
             for style, geometry in self.styles(ring).items():
                 with self.subTest(centre=centre, node=node, style=style):
@@ -2826,10 +2833,13 @@ class FootprintTest(unittest.TestCase):
                 ("in the band", TROPICS, [179, -1, -179, 1], True, 1.0),
                 ("band 0 to 360", polygon(rectangle(0, -20, 360, 20)), [50, -40, 60, 40], True,
                  tropics),
-                ("map of the globe", polygon(rectangle(-180, -90, 180, 90)), [1, 2, 3, 4], True, 1.0),
+                ("map of the globe", polygon(rectangle(-180, -90, 180, 90)), [1, 2, 3, 4], True,
+                 1.0),
                 ("seam of the rest", ALL_BUT_A_SWATH, [170, -10, -170, 10], False, 0.0),
                 ("the rest", ALL_BUT_A_SWATH, [-2, -10, 2, 10], True, 1.0),
                 ("pole of the rest", ALL_BUT_A_SWATH, [-180, 85, 180, 90], True, 1.0),
+                ("pole of all but", ALL_BUT_A_CAP, [0, -90, 10, -80], False, 0.0),
+                ("all but", ALL_BUT_A_CAP, [170, 75, -170, 90], True, 1.0),
                 ("recorded", NRTI_AT_180, [90, 75, 110, 80], True, 1.0),
                 ("recorded, across 180", NRTI_AT_180, [178, 85, -178, 86], True, 1.0),
                 ("recorded, apart", NRTI_AT_180, [-150, 60, -100, 85], False, 0.0),
@@ -2842,11 +2852,22 @@ class FootprintTest(unittest.TestCase):
                 self.assertEqual(found[0], overlaps)
                 self.assertAlmostEqual(found[1], fraction, 6)
 
+    def test_edges_meet_whatever_the_digits(self):
+        for lon in [i / 10 for i in range(-1800, 1800)]:
+            square = polygon(rectangle(round((lon + 150) % 360 - 180, 1), 0, lon, 10))
+            for east in (lon, round(lon + 360, 1)):
+                if not cso.box_overlap(square, [east, 2, east + 1, 3])[0]:
+                    self.fail("%r does not meet %r" % (lon, east))
+            cap = polygon(moved([[0, 70], [90, 71], [180, 70], [-90, 71]], lon))
+            if cso.box_overlap(cap, [lon, 80, lon, 80]) != (True, 1.0):
+                self.fail("ring that begins at %r" % lon)
+
     def test_long_edges_are_great_circles_and_parallels_are_not(self):
-        box = [29, 62.5, 31, 63]  # the great circle rises to 63.7
-        for name, ring, overlaps in [
-                ("corners", [[0, 60], [60, 60.5], [60, 50.5], [0, 50]], True),
-                ("parallels", rectangle(0, 50, 60, 60), False)]:
+        high, middle = [29, 62.5, 31, 63], [1.7, 29.9, 2.2, 30.1]
+        for name, ring, box, overlaps in [
+                ("rises to 63.7", [[0, 60], [60, 60.5], [60, 50.5], [0, 50]], high, True),
+                ("parallel", rectangle(0, 50, 60, 60), high, False),
+                ("1.6 east at 30", [[0, 0], [4.9, 60], [10, 60.1], [5, 0.1]], middle, True)]:
             with self.subTest(name):
                 self.assertEqual(cso.box_overlap(polygon(ring), box)[0], overlaps)
                 self.assertEqual(cso.box_overlap(polygon(moved(ring, 0, -1)),
@@ -2867,15 +2888,20 @@ class FootprintTest(unittest.TestCase):
         ring = rectangle(10, 10, 20, 20)
         for geometry in [
                 None, {}, [], "POLYGON", 7, {"type": "Polygon"}, {"type": ["Polygon"]},
-                {"type": "Polygon", "coordinates": None}, {"type": "Polygon", "coordinates": []},
-                {"type": "Polygon", "coordinates": [[]]}, {"type": "MultiPolygon", "coordinates": []},
-                {"type": "MultiPolygon", "coordinates": [[]]}, {"type": "Polygon", "coordinates": 5},
-                {"type": "Polygon", "coordinates": ring}, {"type": "Surface", "coordinates": [ring]},
+                {"type": "Polygon", "coordinates": None},
+                {"type": "Polygon", "coordinates": []},
+                {"type": "Polygon", "coordinates": [[]]},
+                {"type": "Polygon", "coordinates": 5},
+                {"type": "Polygon", "coordinates": ring},
+                {"type": "MultiPolygon", "coordinates": []},
+                {"type": "MultiPolygon", "coordinates": [[]]},
+                {"type": "Surface", "coordinates": [ring]},
                 {"type": "Point", "coordinates": [10, 10]},
                 {"type": "GeometryCollection", "geometries": [polygon(ring)]},
                 {"type": "LineString", "coordinates": [[1, 2]]},
                 polygon([[10, 10]]), polygon([[10, 10]] * 4), polygon([[10], [20], [30]]),
-                polygon(ring[:2] + [["15", "20"]] + ring[2:]), polygon([[str(x), y] for x, y in ring]),
+                polygon(ring[:2] + [["15", "20"]] + ring[2:]),
+                polygon([[str(x), y] for x, y in ring]),
                 polygon(ring[:2] + [[float("nan"), 20]] + ring[2:]),
                 polygon(ring[:2] + [[20, float("inf")]] + ring[2:]),
                 polygon(ring[:2] + [[10 ** 400, 20]] + ring[2:]),
@@ -2887,9 +2913,10 @@ class FootprintTest(unittest.TestCase):
 
     def test_rings_that_cross_themselves_cover_both_lobes(self):
         bow = polygon([[0, 0], [20, 10], [20, 0], [0, 10], [0, 0]])
-        for box, overlaps in [([1, 4, 2, 5], True), ([18, 4, 19, 5], True), ([9, 8, 11, 9], False)]:
+        for box, found in [([1, 4, 2, 5], (True, 1.0)), ([18, 4, 19, 5], (True, 1.0)),
+                           ([9, 8, 11, 9], (False, 0.0))]:
             with self.subTest(box=box):
-                self.assertEqual(cso.box_overlap(bow, box)[0], overlaps)
+                self.assertEqual(cso.box_overlap(bow, box), found)
 
     # Properties, of cases at random: rings of swaths, granules and frames, boxes of any size.
 
@@ -2925,7 +2952,8 @@ class FootprintTest(unittest.TestCase):
             east += 360 if east < west else 0
             x, y = chance.uniform(west, east), chance.uniform(south, north)
             whole = cso.box_overlap(polygon(ring), [west, south, east, north])
-            boxes = [[west, south, x, y], [x, south, east, y], [west, y, x, north], [x, y, east, north]]
+            boxes = [[west, south, x, y], [x, south, east, y],
+                     [west, y, x, north], [x, y, east, north]]
             parts = [cso.box_overlap(polygon(ring), box) for box in boxes]
             sizes = [(e - w) * (sin(radians(n)) - sin(radians(s))) for w, s, e, n in boxes]
             with self.subTest(box=[west, south, east, north]):
@@ -2951,6 +2979,7 @@ class FootprintTest(unittest.TestCase):
             for i, ring in enumerate(part):
                 self.assertEqual(ring[0], ring[-1])
                 self.assertEqual({len(place) for place in ring}, {2})
+                self.assertTrue(all(here != there for here, there in zip(ring, ring[1:])))
                 self.assertEqual(map_share(polygon(ring)) > 0, i == 0, "counterclockwise")
                 for (x0, y0), (x1, y1) in zip(ring, ring[1:]):
                     self.assertTrue(-180 <= x0 <= 180 and -90 <= y0 <= 90)
@@ -2958,11 +2987,14 @@ class FootprintTest(unittest.TestCase):
 
     def test_split_covers_what_is_covered(self):
         cases = [polygon(ring) for _, ring, _ in self.random_cases(6, 40)]
-        cases += [polygon(swath(171, 0)), polygon(swath(171, 0)[::-1]), polygon(swath(90, 0)),
+        cases += [polygon(swath(171, 0)), polygon(swath(180, 0)), polygon(swath(180, 0)[::-1]),
                   NRTI_AT_180, OVER_NORTH_POLE, TROPICS, PAST_180, SCENE, ALL_BUT_A_SWATH,
-                  polygon(rectangle(0, -20, 360, 20)), polygon(rectangle(-180, -90, 180, 90)),
+                  ALL_BUT_A_CAP, polygon(rectangle(0, -20, 360, 20)),
+                  polygon(rectangle(-180, -90, 180, 90)),
                   polygon(rectangle(170, 10, 190, 20), rectangle(178, 12, 182, 18)),
-                  polygon(rectangle(170, 10, 190, 20), rectangle(172, 12, 174, 18))]
+                  polygon(rectangle(170, 10, 190, 20), rectangle(172, 12, 174, 18)),
+                  polygon(self.begun_within(rectangle(170, 10, 190, 20)),
+                          self.begun_within(rectangle(178, 12, 182, 18)))]
         chance = random.Random(7)
         for geometry in cases:
             with self.subTest(geometry=str(geometry)[:120]):
@@ -2977,6 +3009,8 @@ class FootprintTest(unittest.TestCase):
         for geometry, expected in [
                 (polygon(rectangle(170, 10, 190, 20)),
                  [[rectangle(170, 10, 180, 20)], [rectangle(-180, 10, -170, 20)]]),
+                (polygon([[170, 15], [170, 10], [-170, 10], [-170, 20], [170, 20], [170, 15]]),
+                 [[rectangle(170, 10, 180, 20) + [[170, 15]]], [rectangle(-180, 10, -170, 20)]]),
                 (polygon(rectangle(10, 20, 20, 10)), [rectangle(10, 10, 20, 20)]),
                 (polygon(rectangle(10, 10, 20, 20), rectangle(12, 12, 18, 18)),
                  [rectangle(10, 10, 20, 20), rectangle(12, 12, 18, 18)[::-1]]),
@@ -2984,9 +3018,15 @@ class FootprintTest(unittest.TestCase):
                  [[[170, 0], [180, 0]], [[-180, 0], [-170, 0], [-160, 0]]])]:
             with self.subTest(geometry=geometry):
                 split = cso.split_geometry(geometry)
-                self.assertEqual(self.sorted_places(split["coordinates"]), self.sorted_places(expected))
+                self.assertEqual(self.sorted_places(split["coordinates"]),
+                                 self.sorted_places(expected))
                 self.assertTrue(split["type"].endswith(geometry["type"]))
                 self.assertEqual(json.loads(json.dumps(split)), split)
+
+    def begun_within(self, ring):
+        """The ring of a rectangle, begun in the middle of its west side."""
+        middle = [ring[0][0], (ring[0][1] + ring[3][1]) / 2]
+        return [middle] + ring[:4] + [middle]
 
     def sorted_places(self, nested):
         """Lists of lines as sorted sets of places: where a ring begins does not matter."""
@@ -3080,8 +3120,8 @@ def copies(count):
 def odata_entry(**changes):
     """A product as OData writes it, with changes; a field changed to KeyError is left out."""
     return changed(changes, Id=UUID, Name=NO2, ContentLength=622854144, Checksum=[],
-                   PublicationDate='2025-03-13T05:00:00.000000Z', GeoFootprint=None, ContentDate={
-                       'Start': '2025-03-11T12:19:40.000000Z', 'End': '2025-03-11T13:18:05.000000Z'})
+                   PublicationDate='2025-03-13T05:00:00.000000Z', GeoFootprint=None,
+                   ContentDate={'Start': '2025-03-11T12:19:40Z', 'End': '2025-03-11T13:18:05Z'})
 
 
 def resto_entry(**changes):
@@ -3103,9 +3143,9 @@ def stac_entry(id=NO2[:-3], key='netcdf', asset={}, **changes):
         **{'sat:absolute_orbit': 38393, 'product:type': 'L2__NO2___'}), 'assets': {
             'thumbnail': {'href': 's3://eodata/thumbnail.png'}, key: changed(asset, **{
                 'href': 's3://eodata/Sentinel-5P/TROPOMI/L2__NO2___/2025/03/11/' + NO2,
-                'file:local_path': NO2, 'file:size': 622854144, 'file:checksum': 'd50110' + 32 * 'a',
-                'alternate': {'https': {'href': (ZIPPER % UUID).replace(
-                    '$', 'Nodes(%s)/$' % NO2)}}})}}
+                'file:local_path': NO2, 'file:size': 622854144,
+                'file:checksum': 'd50110' + 32 * 'a', 'alternate': {'https': {
+                    'href': (ZIPPER % UUID).replace('$', 'Nodes(%s)/$' % NO2)}}})}}
 
 
 def changed(changes, **entry):
@@ -3230,13 +3270,14 @@ class NamesTest(Case):
 
     def test_boxes(self):
         for text, expected in (
-                ('-30,30,35,76', (-30, 30, 35, 76)), (' -30.5 , 30 ,35, 7.6e1', (-30.5, 30, 35, 76)),
-                ('170,-10,-170,10', (170, -10, -170, 10)), ('-180,-90,180,90', (-180, -90, 180, 90)),
-                ('0,0,360,1', (0, 0, 360, 1)), ('', None), ('  ', None)):
+                ('-30,30,35,76', (-30, 30, 35, 76)), ('-180,-90,180,90', (-180, -90, 180, 90)),
+                (' -30.5 , 30 ,35, 7.6e1', (-30.5, 30, 35, 76)), ('0,0,360,1', (0, 0, 360, 1)),
+                ('170,-10,-170,10', (170, -10, -170, 10)), ('', None), ('  ', None)):
             with self.subTest(text):
                 self.assertEqual(cso.Box.from_text(text), expected)
-        for text in ('-30,76,35,30', '30,-30,76,135', '1,2,3', '1,2,3,4,5', 'a,b,c,d', '-30 30 35 76',
-                     '0,0,1,nan', 'nan,0,1,1', '0,0,inf,1', '-361,0,0,1', '-200,0,200,1', ',,,'):
+        for text in ('-30,76,35,30', '30,-30,76,135', '1,2,3', '1,2,3,4,5', 'a,b,c,d',
+                     '-30 30 35 76', '0,0,1,nan', 'nan,0,1,1', '0,0,inf,1', '-361,0,0,1',
+                     '-200,0,200,1', ',,,'):
             with self.subTest(text), self.assertRaises(ValueError):
                 cso.Box.from_text(text)
 
@@ -3272,26 +3313,24 @@ class CatalogueTest(CatalogueCase):
     """Three services, one Product: the same query gives the same table."""
 
     def test_whole_recorded_set(self):
-        kinds = sorted({(record.collection, record.producttype) for record in RECORDS})
+        kinds = collections.defaultdict(list)
+        for record in RECORDS:
+            kinds[record.collection, record.producttype].append(record.name)
         self.assertGreater(len(kinds), 30)
-        missing = []
         with DataSpace() as space:
-            for collection, producttype in kinds:
-                with self.subTest(producttype):
-                    settings = {'collection': collection, 'producttype': producttype}
-                    wanted = sorted(record.name for record in RECORDS
-                                    if record.producttype == producttype)
-                    for api in APIS:
-                        if api == 'stac' and producttype.startswith(('L1B_IR', 'AUX_')):
+            for (collection, producttype), names in sorted(kinds.items()):
+                settings, tables = {'collection': collection, 'producttype': producttype}, set()
+                for api in APIS:
+                    with self.subTest(producttype, api=api):
+                        if api == 'stac' and producttype.startswith(('L1B_IR_', 'AUX_')):
                             with self.assertRaisesRegex(cso.CatalogueError, 'no collection for .*'
                                                         + producttype):
                                 self.inquire(space, settings, api)
-                            missing.append(producttype)
                         else:
-                            self.assertEqual(sorted(self.names(space, settings, api)), wanted, api)
-                    if producttype not in missing:
-                        self.tables(space, settings)
-        self.assertEqual(missing, ['AUX_CTMANA', 'L1B_IR_SIR', 'L1B_IR_UVN'])
+                            found = self.names(space, settings, api)
+                            self.assertEqual(sorted(found), sorted(names))
+                            tables.add(self.read('table.csv'))
+                            self.assertEqual(len(tables), 1)
 
     def test_areas_periods_and_small_pages(self):
         self.small_pages(7)
@@ -3312,89 +3351,96 @@ class CatalogueTest(CatalogueCase):
                                       'timerange.end': '2018-07-02 09:00'})
             self.assertEqual(day.count('\n'), 1 + 4, day)
 
-    def test_entries_old_and_new(self):
-        zeros, md5 = 32 * '0', 'FB6A3D0D83655781C952C6FB6E88F962'
-        name6 = ('S6A_P4_2__LR______20240225T015518_20240225T025131_20240226T073654_3373_121_117_058'
-                 '_EUM__OPE_ST_F08.SEN6')
-        tcl = 'S5P_RPRO_L2__O3_TCL_20190205T111300_20190211T115915_06854_03_020401_20230329T133105'
-        zipped = {'href': DOWNLOAD % UUID, 'alternate': KeyError, 'file:local_path': name6 + '.zip'}
+    def read_entries(self, api, cases):
+        """Let a service give single entries; compare fields of the products, as text."""
         space = self.use(DataSpace([]))
-        for api, entry, field, expected in [
-                ('odata', odata_entry(ContentDate={'Start': start, 'End': start}), 'start', time)
-                for start, time in (('2025-03-11T12:19:40Z', '2025-03-11 12:19:40'),
-                                    ('2025-03-11T12:19:40.1Z', '2025-03-11 12:19:40.100000'),
-                                    ('2025-03-11T12:19:40.123Z', '2025-03-11 12:19:40.123000'),
-                                    ('2025-03-11T12:19:40.123456789Z', '2025-03-11 12:19:40.123456'),
-                                    ('2025-03-11T12:19:40.123456+00:00', '2025-03-11 12:19:40.123456'),
-                                    ('2025-03-11T12:19:40', '2025-03-11 12:19:40'))] + [
-                ('odata', odata_entry(ContentLength=size), 'size', max(0, size or 0))
-                for size in (1000, 0, -1, None)] + [
-                ('odata', odata_entry(ContentLength=KeyError), 'size', 0)] + [
-                ('odata', odata_entry(Checksum=checksum), 'md5', '')
-                for checksum in (KeyError, None, [], [{}], [{'Value': '', 'Algorithm': 'MD5'}],
-                                 [{'Value': 'N/A', 'Algorithm': 'MD5'}],
-                                 [{'Value': zeros, 'Algorithm': 'MD5'}],
-                                 [{'Value': None, 'Algorithm': 'MD5'}],
-                                 [{'Value': md5 * 2, 'Algorithm': 'BLAKE3'}])] + [
-                ('odata', odata_entry(Checksum=[{'Value': md5 * 2, 'Algorithm': 'BLAKE3'},
-                                                {'Value': md5, 'Algorithm': 'MD5'}]),
-                 'md5', md5.lower()),
-                ('odata', odata_entry(Attributes=KeyError), 'orbit', ''),
-                ('odata', odata_entry(Attributes=None), 'producttype', ''),
-                ('odata', odata_entry(Attributes=[{'Name': 'orbitNumber', 'Value': 9756},
-                                                  {'Name': 'timeliness', 'Value': 'NT'}]),
-                 'orbit', '9756'),
-                ('odata', odata_entry(Attributes=[{'Name': 'timeliness', 'Value': 'NT'}]),
-                 'processing', 'NT'),
-                ('odata', odata_entry(GeoFootprint=EUROPE), 'geometry', EUROPE),
-                ('odata', odata_entry(), 'geometry', None),
-                ('odata', odata_entry(PublicationDate=KeyError), 'published', ''),
-                ('opensearch', resto_entry(geometry=[]), 'geometry', None),
-                ('opensearch', resto_entry(geometry=None), 'geometry', None),
-                ('opensearch', resto_entry(geometry=EUROPE), 'geometry', EUROPE),
-                ('opensearch', resto_entry(startDate='2025-03-11T12:19:40.494+00:00'), 'start',
-                 '2025-03-11 12:19:40.494000'),
-                ('opensearch', resto_entry(orbitNumber=0), 'orbit', ''),
-                ('opensearch', resto_entry(orbitNumber=None), 'orbit', ''),
-                ('opensearch', resto_entry(orbitNumber=KeyError), 'orbit', ''),
-                ('opensearch', resto_entry(timeliness='Fast-24h'), 'processing', 'Fast-24h'),
-                ('opensearch', resto_entry(timeliness=KeyError), 'processing', ''),
-                ('opensearch', resto_entry(productType=KeyError), 'producttype', ''),
-                ('opensearch', resto_entry(services=KeyError), 'size', 0),
-                ('opensearch', resto_entry(services={'download': None}), 'size', 0)] + [
-                ('opensearch', resto_entry(services={'download': {'mimetype': None, 'size': size}}),
-                 'size', max(0, size)) for size in (1000, 0, -1)] + [
-                ('stac', stac_entry(), 'product_id filename size', UUID + NO2 + '622854144'),
-                ('stac', stac_entry(), 'md5', 32 * 'a'),
-                ('stac', stac_entry(asset={'file:checksum': '1220' + 64 * 'a'}), 'md5', ''),
-                ('stac', stac_entry(asset={'file:checksum': 'd50110' + zeros}), 'md5', ''),
-                ('stac', stac_entry(asset={'file:checksum': KeyError}), 'md5', ''),
-                ('stac', stac_entry(asset={'file:size': KeyError}), 'size', 0),
-                ('stac', stac_entry(asset={'file:local_path': KeyError}), 'filename', NO2),
-                ('stac', stac_entry(start_datetime=KeyError), 'start', '2025-03-11 12:19:40'),
-                ('stac', stac_entry(**{'sat:absolute_orbit': KeyError}), 'orbit', ''),
-                ('stac', stac_entry(**{'product:timeliness_category': 'NRTI'}), 'processing', 'NRTI'),
-                ('stac', stac_entry(tcl.replace('RPRO', 'OFFL').replace('_03_', '_01_'), asset={
-                    'file:local_path': tcl + '.nc'}), 'filename', tcl + '.nc')] + [
-                ('stac', stac_entry(name6, key, zipped), 'product_id filename', UUID + name6)
-                for key in ('product', 'Product', 'PRODUCT')] + [
-                ('stac', stac_entry(name6, 'PRODUCT', {     # as of the former catalogue
-                    'href': DOWNLOAD % UUID, 'alternate': {'s3': {'href': '/eodata/' + name6}},
-                    'file:local_path': KeyError}), 'filename', name6)]:
-            with self.subTest(api, field=field, entry=entry):
+        for entry, fields, expected in cases:
+            with self.subTest(fields=fields, entry=entry):
                 self.tell(space, api, PAGES[api](entry))
                 product, = self.search(space, api)
                 self.assertEqual(product.product_id, UUID)
-                found = [getattr(product, name) for name in field.split()]
-                if len(found) == 1 and not isinstance(found[0], datetime.datetime):
-                    self.assertEqual(found[0], expected)
-                else:
-                    self.assertEqual(''.join(map(str, found)), expected)
+                self.assertEqual(' '.join(str(getattr(product, field)) for field in fields.split()),
+                                 str(expected))
+
+    def test_times_and_sizes_of_odata(self):
+        self.read_entries('odata', [
+            (odata_entry(ContentDate={'Start': '2025-03-11T12:19:40' + written, 'End': (
+                '2025-03-11T13:18:05' + written)}), 'start end',
+             '2025-03-11 12:19:40%s 2025-03-11 13:18:05%s' % (meant, meant))
+            for written, meant in (('Z', ''), ('.1Z', '.100000'), ('.123Z', '.123000'), ('', ''),
+                                   ('.123456Z', '.123456'), ('.123456789Z', '.123456'),
+                                   ('.123456+00:00', '.123456'), ('.000000Z', ''))])
+        self.read_entries('odata', [
+            (odata_entry(ContentLength=size), 'size', known) for size, known in (
+                (622854144, 622854144), (1, 1), (0, 0), (-1, 0), (None, 0), (KeyError, 0))])
+
+    def test_checksums_of_odata(self):
+        zeros, md5 = 32 * '0', 'FB6A3D0D83655781C952C6FB6E88F962'
+        blake3 = {'Value': 2 * md5, 'Algorithm': 'BLAKE3'}
+        for value in ('', 'N/A', zeros, None, md5[1:], md5 + '0', KeyError):
+            self.read_entries('odata', [(odata_entry(Checksum=[changed(
+                {}, Value=value, Algorithm='MD5')]), 'md5', '')])
+        self.read_entries('odata', [(odata_entry(Checksum=checksum), 'md5', known)
+                                    for checksum, known in (
+            (KeyError, ''), (None, ''), ([], ''), ([{}], ''), ([blake3], ''),
+            ([blake3, {'Value': md5, 'Algorithm': 'MD5'}], md5.lower()))])
+
+    def test_attributes_of_odata(self):
+        some = [{'Name': 'orbitNumber', 'Value': 9756}, {'Name': 'timeliness', 'Value': 'NT'},
+                {'Name': 'productType', 'Value': 'SR_2_WAT___'}, {'Name': 'cloudCover'}]
+        self.read_entries('odata', [
+            (odata_entry(Attributes=some), 'orbit processing producttype', '9756 NT SR_2_WAT___'),
+            (odata_entry(Attributes=some[1:2]), 'orbit processing producttype', ' NT ')] + [
+            (odata_entry(Attributes=none), 'orbit processing producttype', '  ')
+            for none in (KeyError, None, [])] + [
+            (odata_entry(GeoFootprint=EUROPE), 'geometry', EUROPE),
+            (odata_entry(), 'geometry', None), (odata_entry(GeoFootprint=KeyError), 'geometry', None),
+            (odata_entry(PublicationDate=KeyError), 'published', '')])
+
+    def test_entries_of_opensearch(self):
+        self.read_entries('opensearch', [
+            (resto_entry(), 'filename orbit size', NO2 + ' 38393 622854144'),
+            (resto_entry(geometry=[]), 'geometry', None), (resto_entry(), 'geometry', None),
+            (resto_entry(geometry=EUROPE), 'geometry', EUROPE),
+            (resto_entry(startDate='2025-03-11T12:19:40.494+00:00'), 'start',
+             '2025-03-11 12:19:40.494000'),
+            (resto_entry(timeliness='Fast-24h'), 'processing', 'Fast-24h'),
+            (resto_entry(timeliness=KeyError), 'processing', ''),
+            (resto_entry(productType=KeyError), 'producttype', ''),
+            (resto_entry(services=KeyError), 'size', 0),
+            (resto_entry(services={'download': None}), 'size', 0)] + [
+            (resto_entry(orbitNumber=orbit), 'orbit', '') for orbit in (0, None, KeyError)] + [
+            (resto_entry(services={'download': {'mimetype': None, 'size': size}}), 'size', known)
+            for size, known in ((1000, 1000), (0, 0), (-1, 0))])
+
+    def test_entries_of_stac(self):
+        name6 = ('S6A_P4_2__LR______20240225T015518_20240225T025131_20240226T073654_3373_121_117_'
+                 '058_EUM__OPE_ST_F08.SEN6')
+        tcl = 'S5P_RPRO_L2__O3_TCL_20190205T111300_20190211T115915_06854_03_020401_20230329T133105'
+        zipped = {'href': DOWNLOAD % UUID, 'alternate': KeyError, 'file:local_path': name6 + '.zip'}
+        former = {'href': DOWNLOAD % UUID, 'alternate': {'s3': {'href': '/eodata/' + name6}},
+                  'file:local_path': KeyError}
+        category = {'product:timeliness_category': 'NRTI'}
+        self.read_entries('stac', [
+            (stac_entry(), 'filename size md5', '%s 622854144 %s' % (NO2, 32 * 'a')),
+            (stac_entry(asset={'file:local_path': KeyError}), 'filename', NO2),
+            (stac_entry(start_datetime=KeyError), 'start', '2025-03-11 12:19:40'),
+            (stac_entry(**{'sat:absolute_orbit': KeyError}), 'orbit', ''),
+            (stac_entry(**category), 'processing', 'NRTI'), (stac_entry(), 'processing', ''),
+            (stac_entry(asset={'file:size': KeyError}), 'size', 0),
+            # reprocessed ozone goes by an id that is not its name
+            (stac_entry(tcl.replace('RPRO', 'OFFL').replace('_03_', '_01_'), asset={
+                'file:local_path': tcl + '.nc'}), 'filename', tcl + '.nc'),
+            (stac_entry(name6, 'PRODUCT', former), 'filename', name6)] + [
+            (stac_entry(name6, key, zipped), 'filename', name6)
+            for key in ('product', 'Product', 'PRODUCT')] + [
+            (stac_entry(asset={'file:checksum': checksum}), 'md5', '')
+            for checksum in ('1220' + 64 * 'a', 'd50110' + 32 * '0', '', None, KeyError)])
 
     def test_footprints_in_both_forms_of_odata(self):
         space = self.use(DataSpace([]))
         text = "geography'SRID=4326;POLYGON ((-40 20, 40 20, 40 80, -40 80, -40 20))'"
-        for entry in (odata_entry(GeoFootprint=EUROPE), odata_entry(GeoFootprint=None, Footprint=text),
+        for entry in (odata_entry(GeoFootprint=EUROPE), odata_entry(Footprint=text),
                       odata_entry(GeoFootprint=KeyError, Footprint=text)):
             for area, count in (('0,30,10,50', 1), ('100,-60,120,-40', 0)):
                 with self.subTest(area, entry=entry):
@@ -3421,7 +3467,8 @@ class CatalogueTest(CatalogueCase):
     def test_names_that_are_no_file_names_are_errors(self):
         space = self.use(DataSpace([]))
         for name in ('../evil.nc', '/etc/passwd', '..', 'a\\b.nc', 'C:a.nc', 'a\nb.nc'):
-            for api, entry in (('odata', odata_entry(Name=name)), ('opensearch', resto_entry(title=name)),
+            for api, entry in (('odata', odata_entry(Name=name)),
+                               ('opensearch', resto_entry(title=name)),
                                ('stac', stac_entry(asset={'file:local_path': name}))):
                 if api == 'stac' and '/' in name:
                     continue        # a path is what STAC gives; its last part is the name
@@ -3436,7 +3483,7 @@ class CatalogueTest(CatalogueCase):
         for body, said in (
                 ({'detail': 'Not Found'}, 'Not Found'),
                 ({'detail': {'message': 'Invalid field: x'}}, 'Invalid field: x'),
-                ({'detail': [{'type': 'less_than_equal', 'loc': ['query', '$skip'], 'input': '10001',
+                ({'detail': [{'type': 'less_than_equal', 'loc': ['query', '$skip'], 'input': '1e5',
                               'msg': 'Input should be less than or equal to 10000'}]},
                  r'Input should be less than or equal to 10000.*\$skip'),
                 ({'detail': {'ErrorMessage': 'Validation error.', 'ErrorCode': 400, 'ErrorDetail': [
@@ -3448,16 +3495,17 @@ class CatalogueTest(CatalogueCase):
                 ({'detail': {'ErrorMessage': 'loadFromStore - Not Found', 'ErrorCode': 404}},
                  'loadFromStore - Not Found'),
                 ({'code': 'NotFoundError', 'description': 'No such thing'}, 'No such thing'),
-                ({'message': 'Malformed path', 'code': 'DAT-ZIP-104'}, 'Malformed path.*DAT-ZIP-104'),
-                (b'<html><head><title>x</title><style>a{}</style></head><body><h1>Bad\n request</h1>',
+                ({'message': 'Malformed', 'code': 'DAT-ZIP-104'}, 'Malformed.*DAT-ZIP-104'),
+                (b'<html><head><title>x</title><style>a{}</style></head><h1>Bad\n request</h1>',
                  r'Bad request\b'), (b'plain words', 'plain words'), (b'', ''),
                 ([['odd'], {'detail': None}], 'odd')):
             for api in APIS:
                 with self.subTest(api, body=body):
                     self.tell(space, api, body, 400)
                     space.kinds.clear()
-                    with self.assertRaisesRegex(cso.DataSpaceError, '400 Bad Request.*' + said) as caught:
+                    with self.assertRaises(cso.DataSpaceError) as caught:
                         self.search(space, api)
+                    self.assertRegex(str(caught.exception), '400 Bad Request.*' + said)
                     self.assertNotIn('\n', str(caught.exception))
                     self.assertEqual(space.count(api), 1)
 
@@ -3487,7 +3535,8 @@ class CatalogueTest(CatalogueCase):
                 self.inquire(space, {'producttype': 'L2__CH4___', 'area': '0,40,10,50'}, api)
             asked = [(path.partition('?')[0], dict(urllib.parse.parse_qsl(path.partition('?')[2])))
                      for _, path, headers, _ in space.requests]
-            self.assertTrue(all('Authorization' not in headers for _, _, headers, _ in space.requests))
+            self.assertFalse([path for _, path, headers, _ in space.requests
+                              if 'Authorization' in headers])
         asked.reverse()         # so that a dict keeps the first of each
         query = dict(asked)['/odata/v1/Products']
         self.assertIn(query['$top'], ('500', '1000'))
@@ -3545,20 +3594,16 @@ class PagingTest(CatalogueCase):
         """Inquire; how it ended, after a look at the table, the warnings and the folder."""
         self.write('table.csv', 'old')
         del self.waits[:]
-        with self.logged() as logged:
+        with mock.patch.object(cso.log, 'warning') as warning:
             try:
                 table, ended = self.table(space, {}, api, retry=cso.Retry(3, 5, 600)), self.FULL
+                self.assertEqual(warning.call_count, len(self.waits))
             except cso.DataSpaceError as error:
-                logged.records.clear() if hasattr(logged.records, 'clear') else None
                 table, ended = self.read('table.csv'), self.ERROR
                 self.assertIn('127.0.0.1', str(error))
-                cso.log.info('so that something is logged')
         self.assertIn(ended, expected)
         self.assertEqual(table, whole if ended == self.FULL else b'old')
         self.assertEqual(self.files(), ['my.rc', 'table.csv'])
-        if ended == self.FULL:
-            warnings = [record for record in logged.records if record.levelname == 'WARNING']
-            self.assertEqual(len(warnings), len(self.waits), warnings)
         return ended
 
     def test_stalls(self):
@@ -3606,7 +3651,8 @@ class PagingTest(CatalogueCase):
         """An empty or an old page in the place of a later one: the list would look whole."""
         self.small_pages()
         self.write('table.csv', 'old')
-        empty = {'odata': {'value': []}, 'opensearch': {'type': 'FeatureCollection', 'features': []}}
+        empty = {'odata': {'value': []},
+                 'opensearch': {'type': 'FeatureCollection', 'features': []}}
         old = {'odata': {'value': [odata_entry(ContentDate={'Start': '2018-07-01T00:34:45Z',
                                                             'End': '2018-07-01T01:34:45Z'})]},
                'opensearch': {'type': 'FeatureCollection', 'features': [resto_entry(
@@ -3655,6 +3701,19 @@ class PagingTest(CatalogueCase):
             for api in APIS:
                 self.assertEqual(len(self.inquire(space, {'producttype': 'L2__CH4___'}, api)), 2)
 
+    def test_no_page_is_kept(self):
+        self.small_pages()
+        marks = {'odata': 'ContentDate', 'opensearch': 'startDate', 'stac': 'assets'}
+        with DataSpace(made_products(65)) as space:
+            for api, mark in marks.items():
+                query = cso.Query(getattr(space, api), 'Sentinel5P', 'L2__NO2___',
+                                  datetime.datetime(2018, 1, 1), datetime.datetime(2019, 1, 1))
+                for count, _ in enumerate(cso.search(query, self.session(space)), 1):
+                    if count % 10 == 5:
+                        alive = [type(thing) is dict and mark in thing for thing in gc.get_objects()]
+                        self.assertLessEqual(sum(alive), 20, api)
+                self.assertEqual(count, 65)
+
     def test_long_list_in_little_memory(self):
         """12,000 products: OData refuses to skip over 10,000, and leaves the link out there."""
         code = """if True:
@@ -3681,7 +3740,8 @@ class PagingTest(CatalogueCase):
             self.assertLess(space.count('odata'), count / 1000 + 4)
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         found, distinct, peak = map(int, done.stdout.split())
-        self.assertEqual((found, distinct, self.read('table.csv').count(b'\n')), (count, count, 1 + count))
+        self.assertEqual((found, distinct), (count, count))
+        self.assertEqual(self.read('table.csv').count(b'\n'), 1 + count)
         self.assertLess(peak, 64e6)
 
 
@@ -3726,9 +3786,8 @@ class RetiredTest(CatalogueCase):
 
     def test_asked_for_by_name_it_is_an_error(self):
         self.write('table.csv', 'old')
-        reasons = {'301': 'DOCTYPE', 'html': 'DOCTYPE', '404': '404', '503': '503',
-                   'json': 'no FeatureCollection', 'empty': '0 bytes', 'drop': 'resto', '410': '410',
-                   'refused': 'refused'}
+        reasons = {'301': 'DOCTYPE', 'html': 'DOCTYPE', 'empty': '0 bytes', 'drop': 'resto',
+                   'json': 'no FeatureCollection'}      # the others say their own word
         for how in self.MODES:
             for url, api in ((self.space.opensearch, 'auto'), (self.space.opensearch, 'opensearch'),
                              ('http://%s/resto/api/' % CATALOGUE, 'opensearch')):
@@ -3738,7 +3797,7 @@ class RetiredTest(CatalogueCase):
                     self.retire(how)
                     with self.assertRaises(cso.DataSpaceError) as caught:
                         self.table(self.space, {'url': url, 'api': api}, retry=cso.Retry(2, 0))
-                    self.assertRegex(str(caught.exception), reasons[how] + r'.*(url|api) to ')
+                    self.assertRegex(str(caught.exception), reasons.get(how, how) + r'.*(url|api) to ')
                     self.assertEqual(self.read('table.csv'), b'old')
 
     def test_on_a_later_page_it_is_an_error(self):
@@ -3775,10 +3834,10 @@ class InquireTest(CatalogueCase):
     cso.s5p.no2.collection       :  Sentinel5P
     cso.s5p.no2.producttype      :  L2__NO2___
     cso.s5p.no2.area             :  -30,30,35,76
-    cso.s5p.no2.download_url     :  https://zipper.dataspace.copernicus.eu/odata/v1/Products({product_id})/$value
+    cso.s5p.no2.download_url     :  ZIPPER
     cso.s5p.no2.output.file      :  ${my.work}/PAL_S5P_NO2_%Y-%m-%d.csv
     cso.s5p.no2.dmode            :  0o775
-    """.replace('\n    ', '\n')
+    """.replace('\n    ', '\n').replace('ZIPPER', ZIPPER % '{product_id}')
 
     def test_documented_settings_file(self):
         no2 = s5p('S5P_PAL__L2__NO2____20211206T140554_20211206T154724_21497_02_020301_'
@@ -3796,8 +3855,8 @@ class InquireTest(CatalogueCase):
                 for species, table in expected.items():
                     with self.subTest(species, mode=mode), self.logged() as logged:
                         work = self.path(mode, species)
-                        rcfile = self.write('doc.rc', self.DOCUMENTED.replace('NO2___', species + '___'))
-                        done = cso.CSO_DataSpace_Inquire(rcfile, 'cso.s5p.no2', env={'my.work': work})
+                        rcfile = self.write('doc.rc', self.DOCUMENTED.replace('L2__NO2', 'L2__' + species))
+                        done = cso.CSO_DataSpace_Inquire(rcfile, 'cso.s5p.no2', {'my.work': work})
                         name, = os.listdir(work)
                         self.assertRegex(name, r'^PAL_S5P_NO2_20\d\d-\d\d-\d\d\.csv$')
                         self.assertEqual(self.read(work, name).decode(), table)
@@ -3806,10 +3865,10 @@ class InquireTest(CatalogueCase):
                                              for record in logged.records), warnings)
 
     def test_bad_settings(self):
-        mistakes = (        # setting, value (None: not there), what the message says beside the place
-            ('url', None, 'url'), ('producttype', None, 'producttype'), ('output.file', None, 'output.file'),
-            ('timerange.start', None, 'timerange.start'), ('collection', None, 'collection'),
-            ('timerange.start', '2018-13-01', "'2018-13-01'"), ('timerange.end', 'tomorrow', 'yyyy-mm-dd'),
+        mistakes = (    # setting, value (None: not there), what is said beside setting and place
+            ('url', None, 'missing'), ('producttype', None, 'missing'), ('collection', None, 'missing'),
+            ('timerange.start', None, 'missing'), ('output.file', None, 'missing'),
+            ('timerange.start', '2018-13-01', "'2018-13-01'"), ('timerange.end', 'now', 'yyyy-mm-dd'),
             ('timerange.end', '2001-01-01', 'before'), ('producttype', 'L2__NO2__', 'L2__NO2___'),
             ('producttype', 'L2__NO2____', 'L2__NO2___'), ('producttype', 'NO2', 'L2__NO2___'),
             ('producttype', 'CH4', 'L2__CH4___'), ('producttype', 'ch4', 'L2__CH4___'),
@@ -3821,10 +3880,10 @@ class InquireTest(CatalogueCase):
             ('area', '-400,0,1,1', '360'), ('area.minimum', '101', '0 to 100'),
             ('area.minimum', 'half', "'half'"), ('area.filter', 'remote', 'local or server'),
             ('api', 'rest', 'odata'), ('url', 'catalogue.dataspace.copernicus.eu', 'https://'),
-            ('url', 'https://example.org/api', 'api'),
-            ('download_url', 'https://example.org/Products()/$value', '{product_id}'), ('best', 'maybe', "'maybe'"),
-            ('output.columns', 'orbit;md6', 'md6'), ('selection', "%{orbit} ==", 'selection'),
-            ('selection', "__import__('os')", 'selection'), ('dmode', 'rwx', 'octal'),
+            ('url', 'https://example.org/api', 'api'), ('best', 'maybe', "'maybe'"),
+            ('download_url', 'https://example.org/Products()/$value', '{product_id}'),
+            ('output.columns', 'orbit;md6', 'md6'), ('selection', '%{orbit} ==', "'%{orbit} =='"),
+            ('selection', "__import__('os')", '__import__'), ('dmode', 'rwx', 'octal'),
             ('download.maxtry', '0', '1 or more'), ('timeout', '-5', '0.01 or more'))
         for name, value, said in mistakes:
             with self.subTest(name, value=value), DataSpace([CH4]) as space:
@@ -3833,13 +3892,11 @@ class InquireTest(CatalogueCase):
                 status, out, err = self.run_main('inquire', rcfile, '--rcbase', 'my')
                 self.assertEqual((status, out), (1, ''), err)
                 self.assertEqual(len(err.strip().split('\n')), 1, err)
-                self.assertIn('Traceback', 'Traceback' + err)
                 place = rcfile
                 if value is not None:
-                    lines = self.read('my.rc').decode().split('\n')
-                    place += ':%d' % (1 + [line.startswith('my.%s :' % name) for line in lines].index(True))
-                self.assertIn(place + ': ', err)
-                self.assertIn(name, err)
+                    before_it = self.read('my.rc').decode().partition('my.%s :' % name)[0]
+                    place += ':%d' % (1 + before_it.count('\n'))
+                self.assertIn('%s: %s: ' % (place, name), err)
                 self.assertIn(said, err)
                 self.assertEqual(self.files(), before)
 
@@ -3847,7 +3904,8 @@ class InquireTest(CatalogueCase):
         self.write('table.csv', 'old')
         with DataSpace() as space:
             for api in APIS:
-                with self.subTest(api), self.assertRaisesRegex(cso.DataSpaceError, 'Landsat9|Invalid'):
+                with self.subTest(api), self.assertRaisesRegex(
+                        cso.DataSpaceError, 'Landsat9|Invalid'):
                     self.inquire(space, {'collection': 'Landsat9'}, api)
         self.assertEqual(self.read('table.csv'), b'old')
 
@@ -3887,7 +3945,8 @@ class InquireTest(CatalogueCase):
         tables = set()
         with DataSpace(made_products(40, '2018-03-24T00:10:00')) as space:
             try:
-                for zone in ('UTC', 'CET-1CEST,M3.5.0,M10.5.0/3', 'PST8PDT,M3.2.0,M11.1.0', 'IST-5:30'):
+                for zone in ('UTC', 'CET-1CEST,M3.5.0,M10.5.0/3', 'PST8PDT,M3.2.0,M11.1.0',
+                             'IST-5:30'):
                     with mock.patch.dict(os.environ, TZ=zone):
                         time.tzset()
                         tables.add(self.tables(space, {'timerange.start': '2018-03-25 01:30',
@@ -3916,14 +3975,15 @@ class InquireTest(CatalogueCase):
                        ('RPRO', '03'), ('OFFL', '03'), ('OFFL', '01'), ('NRTI', '03')), 1)]
         with DataSpace(records) as space:
             for text, kept in ((wanted, '21'), ("'%{processing}' == 'NRTI'", '4'),
-                               ("%{orbit} == '00103'", '3'), ("not %{orbit}.startswith('0010')", ''),
+                               ("%{orbit} == '00103'", '3'),
+                               ("not %{orbit}.startswith('0010')", ''),
                                ("%{processor_version} >= '020400'", '4321'),
                                ("int(%{orbit}) % 2 == 0", '42'),
                                ("%{start_time} < '2020-01-03'", '21'),
                                ("%{processing} \\!= 'NRTI'", '321')):
                 with self.subTest(text):
-                    names = self.kept(space, {'selection': text}, 'selection', '%d kept, %d dropped' % (
-                        len(kept), 4 - len(kept)))
+                    names = self.kept(space, {'selection': text}, 'selection', (
+                        '%d kept, %d dropped' % (len(kept), 4 - len(kept))))
                     self.assertEqual(''.join(name[27] for name in names), kept)
             for text, said in (("%{colection} == '03'", 'colection.*orbit'),
                                ("%{processing} != 'NRTI'", '!=')):      # here ! begins a comment
@@ -3967,12 +4027,13 @@ class InquireTest(CatalogueCase):
         records = [covering(1, 15), covering(2, 5), covering(3, 0.5), covering(4, -1),
                    covering(5, 0, None)]
         with DataSpace(records) as space:
-            for minimum, kept, said in ((0, '5321', '4 kept, 1 dropped .1 outside.*1 .*footprint'),
-                                        (5, '5321', '4 kept'), (5.1, '521', '3 kept, 2 dropped .*5.1'),
-                                        (50, '521', '3 kept'), (50.1, '51', '2 kept, 3 dropped'),
-                                        (100, '51', '2 kept')):
+            for minimum, kept, said in (
+                    (0, '5321', '4 kept, 1 dropped .1 outside.*1 .*footprint'),
+                    (5, '5321', '4 kept'), (5.1, '521', '3 kept, 2 dropped .*5.1'),
+                    (50, '521', '3 kept'), (50.1, '51', '2 kept, 3 dropped'), (100, '51', '2 kept')):
                 with self.subTest(minimum):
-                    names = self.kept(space, {'area': '0,0,10,10', 'area.minimum': minimum}, 'area', said)
+                    names = self.kept(space, {'area': '0,0,10,10', 'area.minimum': minimum}, 'area',
+                                      said)
                     self.assertEqual(''.join(name[27] for name in names), kept)
             rows = self.inquire(space, {'area': '0,0,10,10', 'output.columns': 'orbit overlap'})
             self.assertEqual([row.overlap for row in rows], ['', '5.00', '50.00', '100.00'])
@@ -3985,14 +4046,15 @@ class InquireTest(CatalogueCase):
             self.assertNotIn('WARNING', [record.levelname for record in logged.records])
         with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged() as logged:
             self.inquire(space, {'area': '-30,30,35,76', 'timerange.end': '2026-01-01'})
-            told = [record.getMessage() for record in logged.records if record.levelname == 'WARNING']
-            self.assertEqual(len(told), 1)
-            self.assertIn('1 of them without a readable footprint', told[0])
+            told, = [record.getMessage() for record in logged.records
+                     if record.levelname == 'WARNING']
+            self.assertIn('1 of them without a readable footprint', told)
 
     def test_columns(self):
         with DataSpace([CH4._replace(content=321)]) as space:
-            for text, header in (('orbit filename href', 'orbit;filename;href'), ('', HEADER.strip()),
-                                 ('href;size, md5', 'href;size;md5'), ('producttype', 'producttype')):
+            for text, header in (('orbit filename href', 'orbit;filename;href'),
+                                 ('href;size, md5', 'href;size;md5'), ('', HEADER.strip()),
+                                 ('producttype', 'producttype')):
                 with self.subTest(text):
                     table = self.table(space, {'producttype': 'L2__CH4___', 'output.columns': text})
                     self.assertEqual(table.decode().split('\n')[0], header)
@@ -4010,13 +4072,14 @@ class InquireTest(CatalogueCase):
         with DataSpace(records) as space:
             for api in APIS:
                 with self.subTest(api):
-                    rows = self.inquire(space, {'timerange.end': '2026-01-01', 'output.geojson': self.path(
-                        'maps', 'x.geojson'), 'selection': "%{orbit} == '38393'"}, api)
-                    said = json.loads(self.read('maps', 'x.geojson').decode())
-                    self.assertEqual(said['type'], 'FeatureCollection')
-                    self.assertEqual([feature['properties']['filename'] for feature in said['features']],
-                                     [row.filename for row in rows])
-                    empty, cut, plain = [feature['geometry'] for feature in said['features']]
+                    rows = self.inquire(space, {
+                        'timerange.end': '2026-01-01', 'selection': "%{orbit} == '38393'",
+                        'output.geojson': self.path('maps', 'x.geojson')}, api)
+                    found = json.loads(self.read('maps', 'x.geojson').decode())
+                    self.assertEqual(found['type'], 'FeatureCollection')
+                    self.assertEqual([feature['properties']['filename']
+                                      for feature in found['features']], [row.filename for row in rows])
+                    empty, cut, plain = [feature['geometry'] for feature in found['features']]
                     self.assertIsNone(empty)
                     self.assertEqual((cut['type'], len(cut['coordinates'])), ('MultiPolygon', 2))
                     self.assertEqual(plain['type'], 'Polygon')
@@ -4026,10 +4089,12 @@ class InquireTest(CatalogueCase):
         with DataSpace([CH4]) as space:
             for api in APIS:
                 with self.subTest(api), self.logged('WARNING') as logged:
-                    self.assertEqual(self.table(space, {'area': '-30,30,35,76'}, api), HEADER.encode())
+                    table = self.table(space, {'area': '-30,30,35,76'}, api)
+                    self.assertEqual(table.decode(), HEADER)
                     said, = [record.getMessage() for record in logged.records]
-                    for words in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76', space.url):
-                        self.assertIn(words, said)
+                    for word in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76',
+                                 space.url):
+                        self.assertIn(word, said)
 
     def test_date_of_today_in_names(self):
         today = datetime.datetime(2026, 11, 5, 23, 59)
@@ -4046,7 +4111,8 @@ class TableTest(CatalogueCase):
 
     def test_written_as_documented(self):
         with DataSpace([CH4]) as space:
-            table = self.table(space, {'producttype': 'L2__CH4___', 'download_url': ZIPPER % '{product_id}'})
+            table = self.table(space, {'producttype': 'L2__CH4___',
+                                       'download_url': ZIPPER % '{product_id}'})
         self.assertEqual(table.decode(), HEADER + CH4_ROW)
 
     def test_order_and_zeros(self):
@@ -4059,8 +4125,8 @@ class TableTest(CatalogueCase):
             self.assertEqual(self.names(space), names)
         rows = cso.read_table(self.path('table.csv'))
         self.assertEqual([row.filename for row in rows], names)
-        self.assertEqual(rows[0][:6], ('02818', '2018-04-30 00:20:50', '2018-04-30 02:01:20', 'RPRO',
-                                       '01', '010105'))
+        self.assertEqual(';'.join(rows[0][:6]),
+                         '02818;2018-04-30 00:20:50;2018-04-30 02:01:20;RPRO;01;010105')
 
     def row(self, **fields):
         return cso.Row(**dict(dict.fromkeys(HEADER.strip().split(';'), ''),
@@ -4085,9 +4151,7 @@ class TableTest(CatalogueCase):
 
     def test_tables_that_others_wrote(self):
         row = CH4_ROW.strip()
-        expected = self.row(orbit='11488', start_time='2020-01-01 02:34:16', processing='RPRO',
-                            end_time='2020-01-01 04:15:46', collection='03', processor_version='020400')
-        expected = expected._replace(filename=CH4.name, href=ZIPPER % UUID)
+        expected = cso.Row(*row.split(';'))
         quoted = HEADER + ';'.join('"%s"' % field for field in row.split(';')) + '\n'
         turned = '\n'.join(';'.join(reversed(line.split(';'))) for line in (HEADER.strip(), row))
         for what, text in (('unix', HEADER + row + '\n'), ('no end', HEADER + row),
@@ -4159,7 +4223,7 @@ def rows_of_text(text):
 
 @fault("headless-206", "lying-range", "uninvited-206")
 def fault_of_206(space, request, respond, detail):
-    """206 without Content-Range; with the range asked, but other bytes; or though none was asked."""
+    """206 without Content-Range; with the range asked, but other bytes; or uninvited."""
     if detail["kind"] == "uninvited-206":
         request.range = "bytes=100-"
     answer = respond()
@@ -4257,7 +4321,8 @@ class HttpTest(DownloadCase):
                 ("https://evil.org/dataspace.copernicus.eu", (), False),
                 ("https://evil.org?https://dataspace.copernicus.eu", (), False),
                 ("https://dataspace.copernicus.eu@evil.org/x", (), False),
-                ("http://127.0.0.1.evil.org/x", (), False), ("http://localhost.evil.org/", (), False)):
+                ("http://127.0.0.1.evil.org/x", (), False),
+                ("http://localhost.evil.org/", (), False)):
             with self.subTest(url, trusted=trusted):
                 self.assertEqual(bool(cso.may_see_token(url, trusted)), expected)
 
@@ -4450,7 +4515,8 @@ class TokenTest(DownloadCase):
                 self.assertEqual(space.count("value"), 0)
 
     def test_a_netrc_that_is_none_is_refused_without_its_words(self):
-        for text in ("machine x login me passwd s3cret\n", "s3cret\n", "machine x login \"s3cret\n"):
+        for text in ("machine x login me passwd s3cret\n", "s3cret\n",
+                     "machine x login \"s3cret\n"):
             with self.subTest(text), self.assertRaises(cso.LoginError) as caught:
                 cso.Session(environ={"NETRC": self.netrc(text)}).token.get()
             self.assertNotIn("s3cret", str(caught.exception))
@@ -4461,7 +4527,8 @@ class TokenTest(DownloadCase):
                           (1234567890, "005924"), (2000000000, "279037"), (20000000000, "353130")):
             with self.subTest(now):
                 self.assertEqual(cso.totp(secret, now), code)
-        for spelt in ("gezd gnbv gy3t qojq gezd gnbv gy3t qojq", "GEZDGNBV-GY3TQOJQ-GEZDGNBV-GY3TQOJQ"):
+        for spelt in ("gezd gnbv gy3t qojq gezd gnbv gy3t qojq",
+                      "GEZDGNBV-GY3TQOJQ-GEZDGNBV-GY3TQOJQ"):
             self.assertEqual(cso.totp(spelt, 59), "287082")
         self.assertRegex(cso.totp("GEZDGNBVGY", 59), r"^\d{6}$")     # unpadded
 
@@ -4474,7 +4541,8 @@ class TokenTest(DownloadCase):
                 self.new_folder()
                 self.fetch_all(space, self.session(space, environ=dict(ENVIRON, **environ)))
                 self.assertRight(space, *ORBITS)
-        for environ, word in (({}, "CDSE_TOTP"), ({"CDSE_TOTP_SECRET": "1890"}, "CDSE_TOTP_SECRET")):
+        for environ, word in (({}, "CDSE_TOTP"),
+                              ({"CDSE_TOTP_SECRET": "1890"}, "CDSE_TOTP_SECRET")):
             with self.subTest(environ), DataSpace(ORBITS, totp="123456") as space:
                 with self.assertRaisesRegex(cso.LoginError, word):
                     self.session(space, environ=dict(ENVIRON, **environ)).token.get()
@@ -4602,7 +4670,8 @@ class TokenTest(DownloadCase):
         for status in (400, 401):
             with self.subTest(status), DataSpace(ORBITS, users={"user": "other"},
                                                  login_status=status) as space:
-                tasks, session = [self.known(space, record) for record in ORBITS], self.session(space)
+                session = self.session(space)
+                tasks = [self.known(space, record) for record in ORBITS]
                 for attempt in (lambda: cso.fetch(tasks[0], session),
                                 lambda: cso.fetch(tasks[1], session),
                                 lambda: list(cso.download(tasks, session))):
@@ -4744,7 +4813,8 @@ class TokenTest(DownloadCase):
                 ({"user": "another"}, ""), ({"user": password}, "401 times=None"),
                 ({"user": password}, "redirect to=http://files.example.eu{target} times=None"),
                 ({"user": password}, "redirect to={target} times=None"),
-                ({"user": password}, "400 on=token"), ({"user": password}, "html on=token times=2")):
+                ({"user": password}, "400 on=token"),
+                ({"user": password}, "html on=token times=2")):
             with DataSpace(ORBITS, users=users) as space, DataSpace(ORBITS) as other, \
                     names_on_loopback({"files.example.eu": other}):
                 self.new_folder()
@@ -5261,7 +5331,8 @@ class DownloadTest(DownloadCase):
         for function, promised in (
                 (cls, "()"), (cls.CreateToken, "(self, href, indent='')"),
                 (cls.DownloadFile, "(self, href, output_file, maxtry=10, nsec_wait=5, "
-                                   "nsec_wait_max=600, dmode=None, indent='')"), (cso.NullAuth, "()")):
+                                   "nsec_wait_max=600, dmode=None, indent='')"),
+                (cso.NullAuth, "()")):
             with self.subTest(function.__name__):
                 found = str(inspect.signature(function))
                 self.assertTrue(re.sub(r"(, \*, .*)?\)$", ")", found) == promised, found)
@@ -5273,12 +5344,14 @@ class DownloadTest(DownloadCase):
             downloader.CreateToken(space.href(ORBITS[0]))
             self.assertEqual((space.logins, space.count("value")), (1, 0))
             for record in ORBITS:
-                downloader.DownloadFile(space.href(record), self.path("new", record.name), indent="  ")
+                downloader.DownloadFile(space.href(record), self.path("new", record.name),
+                                        indent="  ")
             self.assertEqual((space.count("token"), space.count("value")), (1, 3))
             self.assertEqual(self.files(), ["new/" + record.name for record in ORBITS])
 
     def test_downloader_keeps_its_number_of_tries(self):
-        for on, text in (("value", "503"), ("token", "503"), ("product", "503"), ("token", "rst at=0")):
+        for on, text in (("value", "503"), ("token", "503"), ("product", "503"),
+                         ("token", "rst at=0")):
             with self.subTest(text, on=on), DataSpace(ORBITS) as space:
                 self.account(space)
                 self.waits = []
@@ -5344,6 +5417,11 @@ BROKEN_TABLES = {               # the second row is the broken one, if not said 
     "javascript": "x.nc;javascript:x", "an open quote": '"x.nc;{href}'}
 
 
+def restore_ctrl_c():
+    """For a child: it ignores Ctrl-C where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @unittest.skipIf(os.name == "nt", "signals are another matter there")
 class BatchTest(DownloadCase):
     """The program as it is run: tables, processes side by side, signals, report, exit status."""
@@ -5354,8 +5432,8 @@ class BatchTest(DownloadCase):
             os.path.abspath(cso.__file__)), **dict(ENVIRON, **environ))
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "cso_dataspace"] + list(args), env=environ,
-            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, preexec_fn=restore_ctrl_c)
         self.addCleanup(self.end, process)
         return process
 
@@ -5445,7 +5523,8 @@ class BatchTest(DownloadCase):
                 with open(report, encoding="utf-8", newline="") as text:
                     rows = sorted(csv.DictReader(text, delimiter=";"),
                                   key=lambda row: row["filename"])
-                self.assertEqual(list(rows[0]), ["filename", "state", "bytes", "seconds", "message"])
+                self.assertEqual(list(rows[0]),
+                                 ["filename", "state", "bytes", "seconds", "message"])
                 self.assertEqual([row["filename"] for row in rows], [r.name for r in ORBITS])
                 self.assertEqual([row["state"] for row in rows], states)
                 self.assertEqual([row["bytes"] for row in rows], came)
@@ -5459,7 +5538,8 @@ class BatchTest(DownloadCase):
             self.write("file", "")
             for expected, args in (
                     (2, []), (2, ["download"]), (2, ["download", table, "--nonsense"]),
-                    (1, ["download", table, "--part", "1"]), (1, ["download", table, "--part", "1/0"]),
+                    (1, ["download", table, "--part", "1"]),
+                    (1, ["download", table, "--part", "1/0"]),
                     (1, ["download", table, "--connections", "0"]),
                     (1, ["download", table]), (1, ["download", self.path("missing.csv")]),
                     (1, ["download", space.odata + "/Products(x)/$value"]),
@@ -5548,8 +5628,8 @@ class BatchTest(DownloadCase):
                 self.assertRegex(self.asked(space)[-1][1].get("Range", ""), r"^bytes=\d{6}-$")
 
     def test_stopped_while_it_waits(self):
-        for faults in ("stall-headers times=None", "503 times=None", "stall-headers on=token",
-                       "stall-headers on=product", "429 on=token times=None retry_after=60"):
+        for faults in ("stall-headers times=None", "stall-headers on=token",
+                       "429 on=token times=None retry_after=60"):
             with self.subTest(faults), DataSpace(ORBITS) as space:
                 self.new_folder()
                 switch_on(space, faults)
@@ -5653,7 +5733,8 @@ class TlsTest(DownloadCase):
                 ("https://%s{target}" % name % "zipper", (), (name % "zipper", True)),
                 ("//%s{target}" % name % "zipper", (), (name % "zipper", True)),
                 ("https://files.example.eu{target}", (), ("files.example.eu", False)),
-                ("https://files.example.eu{target}", ["files.example.eu"], ("files.example.eu", True)),
+                ("https://files.example.eu{target}", ["files.example.eu"],
+                 ("files.example.eu", True)),
                 ("https://files.example.eu{target}", ["other.example.eu"],
                  ("files.example.eu", False)),
                 ("http://%s{target}" % name % "plain", (), (name % "plain", False)),
@@ -5677,9 +5758,9 @@ class TlsTest(DownloadCase):
 
     def test_the_password_goes_to_https_only(self):
         with self.all_names():
-            for url, refused in (("https://identity.dataspace.copernicus.eu" + AUTH + "token", False),
-                                 ("http://identity.dataspace.copernicus.eu" + AUTH + "token", True)):
-                with self.subTest(url):
+            for scheme, refused in (("https", False), ("http", True)):
+                with self.subTest(scheme):
+                    url = scheme + "://identity.dataspace.copernicus.eu" + AUTH + "token"
                     session = cso.Session(environ=ENVIRON, token_url=url)
                     if refused:
                         self.assertRaises(cso.LoginError, session.token.get)
@@ -5827,7 +5908,7 @@ class MainTest(Case):
         several = self.write("two.rc", "a.timerange.start : 2018-07-01\nb.timerange.start : 2018-07-02\n")
         broken = self.write("table.csv", "filename;href\nx.nc\n")
         for args, status, said in (
-                (["run", missing], 1, "error: %s: can't be read" % missing),
+                (["run", missing], 1, "error: %s: settings can't be read; tried" % missing),
                 (["run", several], 1, "choose one: --rcbase a or b"),
                 (["run", self.rc, "--part", "3"], 1, "--part: '3' is not I/N"),
                 (["run", self.rc, "--set", "area=1,2,3"], 1, "--set area: area: four numbers"),
@@ -6085,6 +6166,7 @@ def served(kind, seen=None):
 def timed(command, folder):
     """Return (wall seconds, CPU seconds, peak MB or None) of a process that must succeed."""
     environ = dict(os.environ, PYTHONPATH=HERE, NO_PROXY="*", **ENVIRON)
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)        # measured as it is used, compiled once
     before, began = os.times(), time.perf_counter()
     out = subprocess.check_output(command, env=environ, cwd=folder, stderr=subprocess.DEVNULL)
     wall, after = time.perf_counter() - began, os.times()
@@ -6098,9 +6180,7 @@ def compared(ours, theirs, folder, runs=5):
     results = [], []
     for turn in range(runs + 1):
         for command, result in zip((ours, theirs), results):
-            shutil.rmtree(folder, ignore_errors=True)
-            os.mkdir(folder)
-            figures = timed(command, folder)
+            figures = timed(command, fresh(folder))
             if turn:                            # the first one warms the caches
                 result.append(figures)
     return [[statistics.median(column) if None not in column else None for column in zip(*result)]
@@ -6130,8 +6210,7 @@ def figures_of_start(folder):
     ours, base = compared(python("import cso_dataspace"), python(BASE), folder, 15)
     print("import: %.2f times the CPU of the standard library modules (at most 1.3)"
           % (ours[1] / base[1]))
-    ours, base = compared([sys.executable, os.path.join(HERE, "cso_dataspace.py"), "--help"],
-                          python("pass"), folder)
+    ours, base = compared([sys.executable, "-m", "cso_dataspace", "--help"], python("pass"), folder)
     print("--help: %.2f s, bare Python %.2f s (at most 0.2)" % (ours[0], base[0]))
 
 
@@ -6149,10 +6228,13 @@ def settings_of_listing(url, kind):
 def figures_of_listing(folder, points, limit):
     with served("list-%d" % points) as url:
         rc = settings_of_listing(url, points)
-        ours, bare = compared(python(OURS, "inquire", rc), python(BARE, url + "/odata/v1"), folder)
+        listing = python(OURS, "inquire", rc)
+        ours, bare = compared(listing + ["--set", "area="], python(BARE, url + "/odata/v1"), folder)
+        near = timed(listing, fresh(folder))
     print("list 10,000 of %d points: %.2f times a bare loop in time, %.2f in CPU (at most 1.5); "
-          "%.0f MB (at most %d), bare loop %.0f MB"
-          % (points, ours[0] / bare[0], ours[1] / bare[1], ours[2], limit, bare[2]))
+          "%.0f MB, bare loop %.0f MB; with an area %.2f times, %.0f MB (at most %d)"
+          % (points, ours[0] / bare[0], ours[1] / bare[1], ours[2], bare[2], near[0] / bare[0],
+             near[2], limit))
 
 
 def figures_of_large_file(folder):
