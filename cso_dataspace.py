@@ -154,7 +154,6 @@ class Stopped(DataSpaceError):
 # of which a small part is allowed: nothing here can import, call others, or grow without bound.
 
 LARGEST = 10000         # characters of an expression or a text, items of a list, bits of a number
-DEEPEST = 100           # levels of an expression; files that include each other
 
 
 def parse_expression(text):
@@ -163,32 +162,12 @@ def parse_expression(text):
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError("%r is no expression (%s)" % (
-            text.strip()[:200], getattr(error, "msg", None) or type(error).__name__)) from None
-    check_node(tree)
+        raise ValueError("no expression (%s)" % getattr(error, "msg", error)) from None
+    for node in ast.walk(tree):
+        name = getattr(node, "attr", type(node).__name__)
+        if name not in NODES and name not in OPERATORS and name not in METHODS:
+            raise ValueError("%s is not allowed in an expression" % name)
     return tree
-
-
-def check_size(size):
-    if size > LARGEST:
-        raise ValueError("more than %d characters, items or bits" % LARGEST)
-
-
-def check_node(node, depth=1):
-    """Raise ValueError for a node that is not allowed, here or below, and name it."""
-    kind, below = type(node).__name__, ast.iter_child_nodes(node)
-    if depth > DEEPEST:
-        raise ValueError("an expression nested more than %d deep" % DEEPEST)
-    if kind == "Call":
-        method = isinstance(node.func, ast.Attribute)
-        name = node.func.attr if method else getattr(node.func, "id", "this")
-        if name not in (METHODS if method else FUNCTIONS) or node.keywords:
-            raise ValueError("a call of %s is not allowed" % name)
-        below = node.args + ([node.func.value] if method else [])
-    elif kind not in ALLOWED:
-        raise ValueError("%s is not allowed in an expression" % kind)
-    for child in below:
-        check_node(child, depth + 1)
 
 
 def evaluate(tree, names={}):
@@ -196,68 +175,70 @@ def evaluate(tree, names={}):
 
     Raises ValueError for anything that goes wrong.
     """
+    def value(node):
+        result = value_of(node, value, names)
+        if callable(result):
+            raise ValueError("a function without its arguments")
+        check_size(result.bit_length() if isinstance(result, int) else
+                   len(result) if hasattr(result, "__len__") else 0)
+        return result
+
     try:
-        value = VALUES[type(tree).__name__](tree, names)
+        return value(tree)
     except (TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
-    if isinstance(value, int):
-        check_size(value.bit_length())
-    elif hasattr(value, "__len__"):
-        check_size(len(value))
-    return value
 
 
-def value_of_name(node, names):
-    if node.id not in names:
+def check_size(size):
+    if size > LARGEST:
+        raise ValueError("more than %d characters, items or bits" % LARGEST)
+
+
+def value_of(node, value, names):
+    """Return the value of a node; `value` is the function that gives those of its parts."""
+    kind = type(node).__name__
+    if kind == "Name":
+        if node.id in names or node.id in FUNCTIONS:
+            return names[node.id] if node.id in names else FUNCTIONS[node.id]
         raise ValueError("%s is not known%s; texts need quotes" % (node.id, near(node.id, names)))
-    return names[node.id]
+    if kind == "BoolOp":
+        for operand in node.values:
+            found = value(operand)
+            if bool(found) is isinstance(node.op, ast.Or):
+                break
+        return found
+    if kind == "Compare":
+        sides = [value(side) for side in [node.left] + node.comparators]
+        return all(OPERATORS[type(operation).__name__](left, right)
+                   for operation, left, right in zip(node.ops, sides, sides[1:]))
+    if kind == "BinOp":
+        return OPERATORS[type(node.op).__name__](value(node.left), value(node.right))
+    if kind == "UnaryOp":
+        return OPERATORS[type(node.op).__name__](value(node.operand))
+    if kind == "IfExp":
+        return value(node.body) if value(node.test) else value(node.orelse)
+    if kind == "Call":
+        return value_of(node.func, value, names)(*map(value, node.args))
+    if kind == "Attribute":
+        return lambda *arguments: METHODS[node.attr](value(node.value), *arguments)
+    if kind == "Subscript":
+        return value(node.value)[value(node.slice)]
+    if kind == "Index":                 # before Python 3.9
+        return value(node.value)
+    if kind == "Slice":
+        return slice(*(part and value(part) for part in (node.lower, node.upper, node.step)))
+    if kind == "Dict":
+        return dict(zip(map(value, node.keys), map(value, node.values)))
+    if kind in ("List", "Tuple", "Set"):
+        return {"List": list, "Tuple": tuple, "Set": set}[kind](map(value, node.elts))
+    return ast.literal_eval(node)
 
 
 def near(name, names):
     """Return a phrase that names the likes of a misspelt name; empty where there are none."""
-    short = [other for other in map(str, names) if len(other) < 100][:5000]
-    found = difflib.get_close_matches(name[:100], short, 2)
+    short = [other for other in map(str, names) if len(other) < 100]
+    found = difflib.get_close_matches(name[:100], short[:5000], 2)
     return " (near: %s)" % ", ".join(found) if found else ""
-
-
-def value_of_bool(node, names):
-    decisive = isinstance(node.op, ast.Or)
-    for operand in node.values:
-        value = evaluate(operand, names)
-        if bool(value) is decisive:
-            break
-    return value
-
-
-def value_of_compare(node, names):
-    left = evaluate(node.left, names)
-    for operation, operand in zip(node.ops, node.comparators):
-        right = evaluate(operand, names)
-        if not COMPARISONS[type(operation).__name__](left, right):
-            return False
-        left = right
-    return True
-
-
-def value_of_binary(node, names):
-    operation = BINARY[type(node.op).__name__]
-    return operation(evaluate(node.left, names), evaluate(node.right, names))
-
-
-def value_of_call(node, names):
-    arguments = [evaluate(argument, names) for argument in node.args]
-    if isinstance(node.func, ast.Attribute):
-        return METHODS[node.func.attr](evaluate(node.func.value, names), *arguments)
-    return FUNCTIONS[node.func.id](*arguments)
-
-
-def value_of_slice(node, names):
-    return slice(*(None if part is None else evaluate(part, names)
-                   for part in (node.lower, node.upper, node.step)))
-
-
-def items_of(node, names):
-    return [evaluate(item, names) for item in node.elts]
 
 
 def multiplied(left, right):
@@ -276,8 +257,9 @@ def power(base, exponent):
     return base ** exponent
 
 
-def rounded(number, *digits):       # round(1, -10 ** 9) would take for ever
-    return round(number, *(max(-LARGEST, min(LARGEST, count)) for count in digits))
+def rounded(number, digits=None):
+    check_size(abs(digits or 0))
+    return round(number, digits)
 
 
 def replaced(text, old, new, *count):
@@ -285,43 +267,115 @@ def replaced(text, old, new, *count):
     return text.replace(old, new, *count)
 
 
-FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min,
-             "max": max, "abs": abs, "round": rounded, "sum": sum}
-METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.lower,
-           "upper": str.upper, "strip": str.strip, "split": str.split, "replace": replaced}
-COMPARISONS = {
+NODES = ("BoolOp And Or Compare BinOp UnaryOp IfExp Call Name Load Subscript Slice Index Dict List "
+         "Tuple Set Constant Num Str NameConstant").split()
+OPERATORS = {
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le,
     "Gt": operator.gt, "GtE": operator.ge, "Is": operator.is_, "IsNot": operator.is_not,
-    "In": lambda left, right: left in right, "NotIn": lambda left, right: left not in right}
-BINARY = {"Add": operator.add, "Sub": operator.sub, "Mult": multiplied, "Div": operator.truediv,
-          "FloorDiv": operator.floordiv, "Pow": power,
-          "Mod": lambda left, right: divmod(left, right)[1]}        # % of a text would format it
-UNARY = {"Not": operator.not_, "UAdd": operator.pos, "USub": operator.neg}
-VALUES: dict = {
-    "Name": value_of_name, "BoolOp": value_of_bool, "Compare": value_of_compare,
-    "BinOp": value_of_binary, "Call": value_of_call, "Slice": value_of_slice,
-    "List": items_of, "Tuple": lambda node, names: tuple(items_of(node, names)),
-    "Set": lambda node, names: set(items_of(node, names)),
-    "Dict": lambda node, names: {evaluate(key, names): evaluate(value, names)
-                                 for key, value in zip(node.keys, node.values)},
-    "UnaryOp": lambda node, names: UNARY[type(node.op).__name__](evaluate(node.operand, names)),
-    "IfExp": lambda node, names: evaluate(node.body if evaluate(node.test, names)
-                                          else node.orelse, names),
-    "Subscript": lambda node, names: evaluate(node.value, names)[evaluate(node.slice, names)],
-    "Index": lambda node, names: evaluate(node.value, names)}       # before Python 3.9
-VALUES.update(dict.fromkeys(("Constant", "Num", "Str", "NameConstant"),
-                            lambda node, names: ast.literal_eval(node)))
-ALLOWED = {"And", "Or", "Load"}.union(VALUES, COMPARISONS, BINARY, UNARY)
+    "In": lambda left, right: left in right, "NotIn": lambda left, right: left not in right,
+    "Add": operator.add, "Sub": operator.sub, "Mult": multiplied, "Div": operator.truediv,
+    "FloorDiv": operator.floordiv, "Pow": power,
+    "Mod": lambda left, right: divmod(left, right)[1],      # % of a text would format it
+    "Not": operator.not_, "UAdd": operator.pos, "USub": operator.neg}
+FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min,
+             "max": max, "abs": abs, "round": rounded, "sum": lambda numbers: sum(numbers)}
+METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.lower,
+           "upper": str.upper, "strip": str.strip, "split": str.split, "replace": replaced}
+
+
+################ Typed values ################
+
+BOOLEANS = {"T": True, "True": True, "yes": True, "1": True,
+            "F": False, "False": False, "no": False, "0": False}
+LITERALS = {"int": int, "float": float, "list": list, "tuple": tuple, "dict": dict, "set": set}
+
+
+def converted(text, totype):
+    """Return the text of a value as type "str", "bool", "int", "datetime" etc.; raise ValueError.
+
+    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.
+    """
+    if totype == "" and text in ("T", "F", "True", "False"):
+        raise ValueError("looks like a bool; ask for it as 'bool' or 'str'")
+    if totype in ("", "str"):
+        return text
+    if totype == "datetime":
+        return datetime_of(text)
+    if totype == "bool":
+        if text in BOOLEANS:
+            return BOOLEANS[text]
+        raise ValueError("is no bool; expected one of " + " ".join(BOOLEANS))
+    if totype not in LITERALS:
+        raise ValueError("can't be given as %r; expected str, bool, datetime, %s"
+                         % (totype, ", ".join(LITERALS)))
+    try:
+        return LITERALS[totype](*[evaluate(parse_expression(text))] if text.strip() else [])
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError("is no %s: %s" % (totype, error)) from None
+
+
+def datetime_of(text):
+    """Return the UTC time of a text: 2018-07-01, 2018-07-01 00:00 or 2018-07-01T00:00:00Z."""
+    words = re.sub(r"[-/:]|(?<=\d)T(?=\d)|Z$", " ", text.strip()).split()
+    try:
+        if 3 <= len(words) <= 7:
+            return datetime.datetime(*map(int, words))
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("is no time; expected yyyy-mm-dd HH:MM:SS (UTC), such as 2018-07-01 00:00")
 
 
 ################ Settings ################
 
-# A file gives logical lines, these give statements; a statement whose variables are not all known
-# waits for them, so definitions may stand in any order.
+# A file gives logical lines, these give statements, each a line or a block from #if or #for to its
+# end; a statement whose variables are not all known waits, so definitions may stand in any order.
 
 VARIABLE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
-MOST_CHARACTERS = 3 * 10 ** 7   # of all that is read and made by ${}, #for and #include
-LINE_COST = 100                 # characters that the shortest line counts for
+MOST_CHARACTERS = 3 * 10 ** 7   # of all that is read, and made by ${}, $(( )), #for and #include
+LINE_COST, FILE_COST = 100, 5000        # characters that the shortest line and file count for
+DEEPEST = 100                   # files that include each other
+
+
+class Settings:
+    """The values of a settings file, held in a case-sensitive strict configparser store."""
+
+    def __init__(self, filename):
+        self.filename, self.places = filename, {}
+        store = configparser.RawConfigParser(strict=True, delimiters=(":",))
+        store.optionxform = str
+        store.add_section("settings")
+        self.section = store["settings"]
+
+    def keys(self):
+        """Return all keys, in the order of files and lines."""
+        return sorted(self.places, key=self.places.get)
+
+    def __contains__(self, key):
+        return key in self.places
+
+    def place(self, key):
+        """Return where a key is defined, as file:line."""
+        return ":".join(str(part) for part in self.places.get(key, (self.filename,)) if part)
+
+    def set(self, key, value, filename, lineno=0):
+        """Give a key a value; the place is named in errors."""
+        self.section[key], self.places[key] = value, (filename, lineno)
+
+    def get(self, key, totype="", default=None):
+        """Return a value as a type of converted(); raise SettingsError.
+
+        `default`, if not None, is returned as it is for a key that is absent.
+        """
+        if key in self:
+            try:
+                return converted(self.section[key], totype)
+            except ValueError as error:
+                raise SettingsError("%s: %.200r %s" % (key, self.section[key], error),
+                                    *self.places[key]) from None
+        if default is None:
+            raise SettingsError("key %r is not there%s" % (key, near(key, self.keys())),
+                                self.filename)
+        return default
 
 
 class Line(NamedTuple):
@@ -365,8 +419,8 @@ def logical_lines(data, filename, chain):
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    pieces, first = [], 1
     physical = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    pieces, first = [], 1
     for lineno, text in enumerate(physical, 1):
         text = text.rstrip()
         piece = (text.strip() if pieces else text).rstrip("\\").rstrip()
@@ -383,35 +437,36 @@ def logical_lines(data, filename, chain):
 
 
 def statements(lines):
-    """Yield (line, branches): branches are None but for #if and #for, which take their body along.
-
-    A branch is its header and the lines of its body, which are not read before they are active.
-    """
-    lines = iter(lines)
+    """Yield each statement as a list of lines: one, or all from an #if or #for to its end."""
+    statement, openers = [], []
     for line in lines:
-        if line.word in ("elif", "else", "endif", "endfor"):
-            raise line.wrong("#%s without its beginning; expected #if or #for before" % line.word)
-        yield line, branches_of(line, lines) if line.word in ("if", "for") else None
-
-
-def branches_of(opener, lines):
-    """Return [(header, body), ...] up to the #endif or #endfor of the opener."""
-    branches, openers = [(opener, [])], [opener]
-    for line in lines:
+        if not openers and line.word not in ("", "if", "for", "error", "include", "from"):
+            raise line.wrong("%r is out of place; expected #include, #from, #if, #for or #error "
+                             "(a comment begins with !)" % line.text)
+        statement.append(line)
         if line.word in ("if", "for"):
             openers.append(line)
         elif line.word in ("endif", "endfor"):
-            last = openers.pop()
-            if line.word != "end" + last.word:
+            opener = openers.pop()
+            if line.word != "end" + opener.word:
                 raise line.wrong("#%s ends the #%s of line %d; expected #end%s" % (
-                    line.word, last.word, last.lineno, last.word))
-            if not openers:
-                return branches
-        if line.word in ("elif", "else") and openers == [opener] and opener.word == "if":
-            branches.append((line, []))
-        else:
-            branches[-1][1].append(line)
-    raise opener.wrong("#%s without an end; expected #end%s" % (opener.word, opener.word))
+                    line.word, opener.word, opener.lineno, opener.word))
+        if not openers:
+            yield statement
+            statement = []
+    if openers:
+        raise openers[-1].wrong("#%s without an end; expected #end%s" % ((openers[-1].word,) * 2))
+
+
+def branches(block):
+    """Return the branches of an #if as lists of lines: #if, #elif or #else, and what follows."""
+    found, depth = [], 0
+    for line in block[:-1]:
+        if depth == 1 and line.word in ("elif", "else") or not found:
+            found.append([])
+        found[-1].append(line)
+        depth += (line.word in ("if", "for")) - (line.word in ("endif", "endfor"))
+    return found
 
 
 def uncommented(text):
@@ -424,22 +479,21 @@ def uncommented(text):
     return key + colon + value
 
 
-class Unknown(Exception):
-    """A variable has no value yet; its name is args[0]."""
-
-
 class Reader:
-    """Reads a settings file with all it includes into `values` and `places`, dicts by key."""
+    """Reads a file with all it includes into `settings`; `origin` is the line that asks for it."""
 
     def __init__(self, path, origin, env, environ, cost=0):
         self.env, self.environ, self.cost = env, environ, cost
-        self.values, self.places, specials = {}, {}, {}
-        self.known = collections.ChainMap(env, environ, self.values, specials)
+        self.settings, specials = Settings(path), {}
+        self.known = collections.ChainMap(env, environ, self.settings.section, specials)
         self.queue, self.waiting = collections.deque(), {}
         self.read([path], origin)
         self.work()
-        specials.update(special_variables())        # last: keys of the file go before them
-        self.wake(*specials)
+        specials.update(                # last: keys of the files go before them
+            pid=os.getpid(), hostname=socket.gethostname(), pwd=os.getcwd(),
+            script=os.path.splitext(os.path.basename(sys.argv[0]))[0])
+        for name in specials:
+            self.queue.extend(self.waiting.pop(name, ()))
         self.work()
         if self.waiting:
             raise self.undefined()
@@ -448,35 +502,28 @@ class Reader:
         actions = {"": self.define, "if": self.choose, "for": self.repeat, "error": self.fail,
                    "include": self.include, "from": self.take}
         while self.queue:
-            line, branches = self.queue.popleft()
-            if line.word not in actions:
-                raise line.wrong("%r is no directive; expected #include, #from, #if, #for or "
-                                 "#error (a comment begins with !)" % line.text)
+            statement = self.queue.popleft()
             try:
-                actions[line.word](line, branches)
-            except Unknown as unknown:
-                self.waiting.setdefault(unknown.args[0], []).append((line, branches))
-
-    def wake(self, *names):
-        for name in names:
-            self.queue.extend(self.waiting.pop(name, ()))
+                actions[statement[0].word](*statement)
+            except KeyError as unknown:         # of self.known: a variable that has no value yet
+                self.waiting.setdefault(unknown.args[0], []).append(statement)
 
     def spend(self, characters, line):
         """Count what is read and made; raise SettingsError where it grows without bound."""
         self.cost += characters
         if self.cost > MOST_CHARACTERS:
-            raise line.wrong("the settings grow beyond %d characters, here by %.60r; expected "
-                             "less of ${}, #for and #include" % (MOST_CHARACTERS, line.text))
+            raise line.wrong("more than %d characters in all; expected less of ${}, #for and "
+                             "#include" % MOST_CHARACTERS)
 
     def read(self, paths, line):
-        """Put the lines of the first file that can be read before all others."""
+        """Queue the statements of the first file that can be read, before all others."""
         path, data = first_file(paths, line)
         chain = line.chain + (path,)
         if os.path.realpath(path) in map(os.path.realpath, line.chain):
             raise line.wrong("a file includes itself: %s" % " -> ".join(chain))
         if len(chain) > DEEPEST:
             raise line.wrong("files include each other more than %d deep" % DEEPEST)
-        self.spend(len(data) + 10 * LINE_COST, line)
+        self.spend(len(data) + FILE_COST, line)
         self.push(logical_lines(data, path, chain), line)
 
     def push(self, lines, origin):
@@ -484,11 +531,9 @@ class Reader:
         self.spend(sum(LINE_COST + len(line.text) for line in lines), origin)
         self.queue.extendleft(reversed(list(statements(lines))))
 
-    def substitute(self, text, line):
-        """Return the text with its variables filled in, in one pass; raise Unknown."""
+    def filled(self, text, line):
+        """Return the text with its variables filled in, in one pass; raise KeyError."""
         def value(match):
-            if match.group(1) not in self.known:
-                raise Unknown(match.group(1))
             found = str(self.known[match.group(1)])
             self.spend(len(found), line)
             return found
@@ -496,107 +541,93 @@ class Reader:
         self.spend(len(text), line)
         return VARIABLE.sub(value, text)
 
-    def header(self, line):
-        """Return what follows a directive, with its variables filled in."""
-        return self.substitute(line.rest, line)
-
     def calculated(self, text, line):
         """Return the text with each $(( EXPRESSION )) replaced by its value."""
-        done, *others = text.split("$((")
-        done = [done]
-        for other in others:
-            depths = itertools.accumulate((char == "(") - (char == ")") for char in other)
-            end = next((at for at, depth in enumerate(depths) if depth < 0), None)
-            if end is None or other[end:end + 2] != "))":
-                raise line.wrong("$((%s: without )); expected such as $(( 1 + 2 ))" % other)
-            try:
-                done.append(str(evaluate(parse_expression(other[:end]))))
-            except ValueError as error:
-                raise line.wrong("$((%.200s)): %s" % (other[:end], error)) from None
-            self.spend(len(done[-1]), line)
-            done.append(other[end + 2:])
-        return "".join(done)
+        pieces = text.split("$((")
+        for index, piece in enumerate(pieces[1:], 1):
+            depths = itertools.accumulate((char == "(") - (char == ")") for char in piece)
+            end = next((at for at, depth in enumerate(depths) if depth < 0), len(piece))
+            if not piece.startswith("))", end):
+                raise line.wrong("$(( without its )) in %r" % line.text)
+            result = str(self.evaluated(piece[:end], line))
+            self.spend(len(result), line)
+            pieces[index] = result + piece[end + 2:]
+        return "".join(pieces)
 
-    def define(self, line, branches):
-        text = self.calculated(self.substitute(uncommented(line.text), line), line)
+    def evaluated(self, text, line):
+        try:
+            return evaluate(parse_expression(text))
+        except ValueError as error:
+            raise line.wrong("%.200r: %s" % (text.strip(), error)) from None
+
+    def define(self, line):
+        text = self.calculated(self.filled(uncommented(line.text), line), line)
         key, colon, value = text.partition(":")
         if not colon:
             raise line.wrong("no ':' in %r; expected 'key : value'" % line.text.strip())
         self.put(key.strip(), value.strip(), line)
 
     def put(self, key, value, line):
-        if key in self.values:
-            raise line.wrong("key %.200r is defined twice, before at %s:%d; expected one "
-                             "definition" % ((key,) + self.places[key][1:3]))
-        self.values[key], self.places[key] = value, line
-        self.wake(key)
+        if key in self.settings:
+            raise line.wrong("key %.200r is defined twice, before at %s; expected one definition"
+                             % (key, self.settings.place(key)))
+        self.settings.set(key, value, line.filename, line.lineno)
+        self.queue.extend(self.waiting.pop(key, ()))
 
-    def choose(self, line, branches):
-        for header, body in branches:
-            if header.word == "else" or self.condition(header):
-                self.push(body, header)
-                return
+    def choose(self, *block):
+        for header, *body in branches(block):
+            if header.word == "else" or self.evaluated(
+                    self.filled(header.rest, header).rstrip(" :"), header):
+                return self.push(body, header)
 
-    def condition(self, line):
-        text = self.header(line).rstrip(" :")
-        try:
-            return evaluate(parse_expression(text))
-        except ValueError as error:
-            raise line.wrong("#%s %.200s: %s" % (line.word, text, error)) from None
-
-    def repeat(self, line, branches):
-        name, *words = self.header(line).rstrip(" :").split() or [""]
+    def repeat(self, line, *body):
+        name, *words = self.filled(line.rest, line).rstrip(" :").split() or [""]
         if words[:1] != ["in"]:
             raise line.wrong("%r; expected '#for NAME in WORD WORD ...'" % line.text)
-        body = branches[0][1]
         for word in reversed(words[1:]):
             self.spend(LINE_COST + sum(inner.text.count(name) * len(word) for inner in body), line)
-            self.push([inner._replace(text=inner.text.replace(name, word)) for inner in body], line)
+            self.push([inner._replace(text=inner.text.replace(name, word)) for inner in body[:-1]],
+                      line)
 
-    def fail(self, line, branches):
-        raise line.wrong(self.header(line).replace("\\n", "\n").replace("\\t", "    "))
+    def fail(self, line):
+        raise line.wrong(self.filled(line.rest, line).replace("\\n", "\n").replace("\\t", "    "))
 
-    def include(self, line, branches):
-        name = self.header(line)
-        below, main = os.path.dirname(line.filename), os.path.dirname(line.chain[0])
-        beside = os.path.join(below, name)
-        self.read([beside] if name.startswith("./") else [name, beside, os.path.join(main, name)],
-                  line)
+    def include(self, line):
+        name = self.filled(line.rest, line)
+        beside = os.path.join(os.path.dirname(line.filename), name)
+        main = os.path.join(os.path.dirname(line.chain[0]), name)
+        self.read([beside] if name.startswith("./") else [name, beside, main], line)
 
-    def take(self, line, branches):
-        name, word, keys = re.sub(r"\s+", " ", self.header(line)).partition(" import ")
+    def take(self, line):
+        name, _, keys = self.filled(line.rest, line).replace("\t", " ").partition(" import ")
         keys = keys.split()
         if not keys:
-            raise line.wrong("%r; expected '#from FILE import KEY ...' or '#from FILE import KEY "
-                             "as NAME'" % line.text)
-        path = os.path.join(os.path.dirname(line.filename), name)
+            raise line.wrong("%r; expected '#from FILE import KEY ...' or '... KEY as NAME'"
+                             % line.text)
+        path = os.path.join(os.path.dirname(line.filename), name.strip())
         other = Reader(path, line, self.env, self.environ, self.cost)
         self.cost = other.cost
         renamed = len(keys) == 3 and keys[1] == "as"
-        for key, name in [(keys[0], keys[2])] if renamed else zip(keys, keys):
-            if key not in other.values:
-                raise line.wrong("no key %r in %s%s" % (key, path, near(key, other.values)))
-            self.put(name, other.values[key], line)
+        for key, name in [keys[::2]] if renamed else zip(keys, keys):
+            if key not in other.settings:
+                raise line.wrong("no key %.200r in %s%s" % (
+                    key, path, near(key, other.settings.keys())))
+            self.put(name, other.settings.get(key, "str"), line)
 
     def undefined(self):
         """Return the error for a variable that nobody defines, or else for one that needs itself.
 
-        A directive that waits goes first: what others wait for may stand in its body.
+        Directives go first: what others wait for may stand in their bodies.
         """
-        waiting = [(name, line) for name, group in self.waiting.items() for line, _ in group]
-        pending = {line.text.partition(":")[0].strip(): line for _, line in waiting}
-        name, line = min(waiting, key=lambda pair: (
-            pair[0] in pending, not pair[1].word, len(pair[1].chain), pair[1][1:3]))
+        first = {name: group[0][0] for name, group in self.waiting.items()}
+        pending = {statement[0].text.partition(":")[0].strip()
+                   for group in self.waiting.values() for statement in group}
+        name = min(first, key=lambda name: (
+            name in pending, not first[name].word, first[name][1:3]))
         if name in pending:
-            return line.wrong("${%s} needs itself, by way of %s:%d; expected a value that does not"
-                              % ((name,) + pending[name][1:3]))
-        return line.wrong("${%s} is not defined%s; expected a key of that name, or a variable of "
-                          "the environment" % (name, near(name, itertools.chain(pending, self.known))))
-
-
-def special_variables():
-    return {"pid": os.getpid(), "hostname": socket.gethostname(), "pwd": os.getcwd(),
-            "script": os.path.splitext(os.path.basename(sys.argv[0]))[0]}
+            return first[name].wrong("${%s} needs itself; expected a value that does not" % name)
+        return first[name].wrong("${%s} is not defined%s; expected a key of that name, or a "
+                                 "variable of the environment" % (name, near(name, self.known)))
 
 
 def read_settings(filename, env={}, environ=os.environ):
@@ -604,117 +635,20 @@ def read_settings(filename, env={}, environ=os.environ):
 
     `env` are variables for ${NAME}, of any type; they go before those of the environment.
     """
-    settings = Settings(os.fsdecode(filename))
-    origin = Line("", settings.filename, 0, ())
-    reader = Reader(settings.filename, origin, env, environ)
-    for key, line in sorted(reader.places.items(), key=lambda item: (
-            len(item[1].chain), item[1].filename, item[1].lineno)):
-        settings.set(key, reader.values[key], line.filename, line.lineno)
-    return settings
+    name = os.fsdecode(filename)
+    return Reader(name, Line("", name, 0, ()), env, environ).settings
 
 
 def write_settings(settings, filename):
-    """Write the values as `key : value` lines that read back the same, beside and renamed."""
+    """Write the values as `key : value` lines that read back the same, beside and renamed.
+
+    A character that would mean more than itself becomes an expression.
+    """
+    special = re.compile(r"^[#!]|\$(?=\{|\(\()|\\$|[\0\r\n\ud800-\udfff]")
     with replacing(os.fspath(filename)) as out:
         for key in settings.keys():
-            out.write(written(key, settings.get(key, "str")) + "\n")
-
-
-def written(key, value):
-    """Return the line of a setting; what would mean more than itself becomes an expression."""
-    return re.sub(r"^[#!]|\$(?=\{|\(\()|\\$|[\r\n\ud800-\udfff]", lambda match:
-                  "$(( %r ))" % match.group(), "%s : %s" % (key, value.replace("!", "\\!")))
-
-
-################ Typed values ################
-
-BOOLEANS = {"T": True, "True": True, "yes": True, "1": True,
-            "F": False, "False": False, "no": False, "0": False}
-LITERALS = {"int": int, "float": float, "list": list, "tuple": tuple, "dict": dict, "set": set}
-
-
-def converted(text, totype):
-    """Return the text of a value as type "str", "bool", "int", "datetime" etc.; raise ValueError.
-
-    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.
-    """
-    if totype in LITERALS:
-        return literal_of(text, LITERALS[totype])
-    if totype == "datetime":
-        return datetime_of(text)
-    if totype == "bool":
-        if text not in BOOLEANS:
-            raise ValueError("is no bool; expected one of " + " ".join(BOOLEANS))
-        return BOOLEANS[text]
-    if totype not in ("", "str"):
-        raise ValueError("can't be given as %r; expected str, bool, datetime, %s"
-                         % (totype, ", ".join(LITERALS)))
-    if not totype and text in ("T", "F", "True", "False"):
-        raise ValueError("looks like a bool; ask for it as 'bool' or 'str'")
-    return text
-
-
-def literal_of(text, kind):
-    try:
-        return kind(evaluate(parse_expression(text))) if text.strip() else kind()
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError("is no %s: %s" % (kind.__name__, error)) from None
-
-
-def datetime_of(text):
-    """Return the UTC time of a text: 2018-07-01, 2018-07-01 00:00 or 2018-07-01T00:00:00Z."""
-    words = re.sub(r"[-/:]|(?<=\d)T(?=\d)|Z$", " ", text.strip()).split()
-    try:
-        if 3 <= len(words) <= 7:
-            return datetime.datetime(*map(int, words))
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError("is no time; expected yyyy-mm-dd HH:MM:SS (UTC), such as 2018-07-01 00:00")
-
-
-class Settings:
-    """The values of a settings file, held in a case-sensitive strict configparser store."""
-
-    SECTION = "settings"
-
-    def __init__(self, filename):
-        self.filename, self.places = filename, {}
-        self.store = configparser.RawConfigParser(strict=True, delimiters=(":",))
-        self.store.optionxform = str
-        self.store.add_section(self.SECTION)
-
-    def keys(self):
-        """Return all keys, in the order of the files."""
-        return self.store.options(self.SECTION)
-
-    def __contains__(self, key):
-        return self.store.has_option(self.SECTION, key)
-
-    def place(self, key):
-        """Return where a key is defined, as file:line."""
-        return ":".join(str(part) for part in self.places.get(key, (self.filename,)) if part)
-
-    def set(self, key, value, filename, lineno=None):
-        """Give a key a value; the place is named in errors."""
-        self.store.set(self.SECTION, key, value)
-        self.places[key] = (filename, lineno)
-
-    def get(self, key, totype="", default=None):
-        """Return a value as a type of converted(); raise SettingsError.
-
-        `default`, if not None, is returned as it is for a key that is absent.
-        """
-        if key in self:
-            text = self.store.get(self.SECTION, key)
-            try:
-                return converted(text, totype)
-            except ValueError as error:
-                raise SettingsError("%s: %.200r %s" % (key, text, error),
-                                    *self.places[key]) from None
-        if default is None:
-            raise SettingsError("key %r is not there%s" % (key, near(key, self.keys())),
-                                self.filename)
-        return default
+            line = "%s : %s" % (key, settings.get(key, "str").replace("!", "\\!"))
+            out.write(special.sub(lambda match: "$(( %r ))" % match.group(), line) + "\n")
 
 
 def candidates(rcbase, name):
@@ -733,6 +667,7 @@ def rcbases(settings):
     ending = ".timerange.start"
     return sorted(key[:-len(ending)] for key in settings.keys()
                   if key.endswith(ending) and not key.startswith("*"))
+
 
 
 ################ Names, times, boxes ################
@@ -819,7 +754,7 @@ def parse_name(filename):
     """
     match = S5P_NAME.match(filename)
     if match:
-        return {key: value for key, value in match.groupdict().items() if value}
+        return match.groupdict("")
     match = BASELINE.match(filename)
     return {"collection": match.group(match.lastgroup)} if match else {}
 
@@ -849,9 +784,10 @@ def parse_time(text):
     match = TIME.match(text)
     if not match:
         raise ValueError("%r is not a time" % (text,))
-    *whole, fraction, sign, hours, minutes = match.groups()
-    time_ = datetime.datetime(*map(int, whole), int((fraction or "0").ljust(6, "0")[:6]))
-    if sign:
+    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
+    time_ = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute), int(second),
+                              int(fraction[:6].ljust(6, "0")))
+    if sign != "0":
         offset = datetime.timedelta(hours=int(hours), minutes=int(minutes))
         time_ += offset if sign == "-" else -offset
     return time_
@@ -916,7 +852,8 @@ def is_directory_product(filename):
 #    nobody images more than half the Earth, so the smaller side is meant. Turn the walk to have it
 #    on its left, and a place is covered `base` + count times. Only maps may be larger.
 # 4. Bend long edges. Between two corners of an image runs a great circle, which is no straight
-#    line on a map. Edges along a parallel belong to maps and bands, and stay straight.
+#    line on a map. Edges along a parallel belong to maps and bands, and stay straight. Bending
+#    keeps an edge within its longitudes, so for a box only the edges over it need be bent.
 #
 # A box overlaps if an edge meets it or a copy of it. If none does it is wholly in or wholly out,
 # as its centre is. The covered fraction is the shade that falls into it.
@@ -928,7 +865,7 @@ def is_directory_product(filename):
 SAME = 1e-6      # degrees, 0.1 m: catalogues write six digits or more, so nearer numbers are one
 SLACK = 1e-9     # degrees, 0.1 mm: above the rounding of x + 360 (6e-14), below any digit written
 BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel of S5P (3.5 km)
-ROUNDING = 1e-6  # share: above the error of areas from six digits, below the share of any image
+ROUNDING = 1e-6  # share: by which half a sphere, or a whole one, may seem too large
 HALF = 0.5 + ROUNDING
 
 UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -1067,10 +1004,14 @@ def walks_of(part):
 
 
 def walk_of(ring):
-    """A ring on the map; only edges that bulge enough to turn it over are bent by now."""
+    """A ring on the map, bent roughly: which side is the smaller one depends on no more.
+
+    An edge that spans 5 degrees bulges by D / 8 = 1 % of its length at most. That can wait until
+    a box needs it.
+    """
     xs, zs = unwrapped(ring), list(map(sin, map(radians, ring.lats)))
     return [piece for edge in zip(xs, zs, xs[1:], zs[1:])
-            for piece in ([edge] if abs(edge[2] - edge[0]) < 5 else great_circle(*edge))]
+            for piece in ([edge] if abs(edge[2] - edge[0]) < 5 else great_circle(*edge, bulge=0.5))]
 
 
 def unwrapped(ring):
@@ -1096,7 +1037,7 @@ def bent(edges):
     return list(chain.from_iterable(great_circle(*edge) for edge in edges))
 
 
-def great_circle(x0, z0, x1, z1):
+def great_circle(x0, z0, x1, z1, bulge=BULGE):
     """An edge as edges that keep to its great circle: its chord, cut up, seen from the centre.
 
     The middle of a great circle of length L that spans D of longitude is L D sin(lat) / 8 off a
@@ -1107,9 +1048,9 @@ def great_circle(x0, z0, x1, z1):
     angle = radians(x1 - x0)
     radii = sqrt((1 - z0 * z0) * (1 - z1 * z1))
     length2 = 2 - 2 * (z0 * z1 + radii * cos(angle))  # of the chord, squared
-    if length2 * (x1 - x0)**2 < (4 * BULGE)**2 or z0 == z1:  # parallels belong to maps
+    if length2 * (x1 - x0)**2 < (4 * bulge)**2 or z0 == z1:  # parallels belong to maps
         return [(x0, z0, x1, z1)]
-    pieces = ceil(sqrt(sqrt(length2) * abs(x1 - x0) / 4 / BULGE))
+    pieces = ceil(sqrt(sqrt(length2) * abs(x1 - x0) / 4 / bulge))
     radius0, radius1 = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1)
     ahead, aside, up = radius1 * cos(angle) - radius0, radius1 * sin(angle), z1 - z0
     way = [(x0, z0)]
@@ -2329,7 +2270,7 @@ class OData:
     @staticmethod
     def page_size(query):
         """Return the products of a page: fewer where each brings a footprint of 300 points."""
-        return max(1, PAGE["odata"] // (2 if query.footprints else 1))
+        return max(1, PAGE["odata"] // (4 if query.footprints else 1))
 
     @staticmethod
     def condition(query, since):
@@ -2561,8 +2502,10 @@ def known_size(number):
 
 def md5_text(text):
     """Return an MD5 in lower case, or an empty text for anything else, zeros too."""
-    text = text.lower() if isinstance(text, str) else ""
-    return text if re.match(r"[0-9a-f]{32}$", text) and text.strip("0") else ""
+    try:
+        return text.lower() if len(text) == 32 and int(text, 16) else ""
+    except (TypeError, ValueError):
+        return ""
 
 
 def md5_of(checksums):
@@ -2688,7 +2631,7 @@ def row_of(product, download_url, fraction=None):
     start = table_time(told["start"]) if "start" in told else str(product.start)[:19]
     end = table_time(told["end"]) if "end" in told else str(product.end)[:19]
     return Row(
-        told.get("orbit", product.orbit), start, end,
+        told.get("orbit") or product.orbit, start, end,
         sys.intern(told.get("processing", product.processing)),
         sys.intern(told.get("collection", "")), sys.intern(told.get("processor_version", "")),
         product.filename, download_url.replace("{product_id}", product.product_id),
@@ -2809,6 +2752,9 @@ BROKEN_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, z
 SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
 
 
+PART_ENDING = re.compile(r"\.(.+)-(\d+)-\d+\.part$")
+
+
 class Task(NamedTuple):
     """A file to fetch: where from, where to, and what is known of it (0 and empty: unknown)."""
 
@@ -2921,13 +2867,12 @@ class Part:
 def parts_beside(target):
     """Return the paths of all parts of a target, and who is at them: {path: owner}."""
     folder, name = os.path.split(target)
-    pattern = re.compile(re.escape(name) + r"\.(.+)-(\d+)-\d+\.part$")
-    try:
-        names = os.listdir(folder or ".")
-    except OSError:
-        return {}
-    return {os.path.join(folder, found.group()): (found.group(1), int(found.group(2)))
-            for found in map(pattern.match, names) if found}
+    parts = {}
+    for other in os.listdir(folder or "."):
+        found = other.startswith(name) and PART_ENDING.match(other, len(name))
+        if found:
+            parts[os.path.join(folder, other)] = (found.group(1), int(found.group(2)))
+    return parts
 
 
 def is_abandoned(path, owner, now=time.time):
@@ -3725,6 +3670,8 @@ class UtopyaRc:
 
     def GetSetting(self, name, totype='', **kwargs):
         """Return a setting; `default` is returned as it is where the file has none."""
+        if self.rcf is None:
+            raise SettingsError("setting %r: no settings file is read yet; call InitRc" % name)
         for key in candidates(self.rcbase, name):
             if self.rcf.has_key(key):
                 return self.rcf.get(key, totype, **kwargs)

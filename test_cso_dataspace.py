@@ -15,7 +15,7 @@ import datetime
 import email.utils
 import errno
 import functools
-import gc, logging      # NEW IMPORTS for the single file
+import gc
 import hashlib
 import http.client
 import http.server
@@ -27,6 +27,7 @@ import logging
 import math
 import operator
 import os
+import pathlib
 import pickle
 import platform
 import random
@@ -56,7 +57,6 @@ from math import asin, atan2, cos, degrees, radians, sin
 from unittest import mock
 
 import cso_dataspace as cso
-
 
 # ---------------------------------------------------------------------------------------
 # The stand-in: a Data Space on the loopback interface, with faults that can be switched on
@@ -141,7 +141,7 @@ def as_time(text):
         moment = datetime.datetime.strptime(day + (clock or '00:00') + (second or ':00'),
                                             '%Y-%m-%d%H:%M:%S')
     except (AttributeError, ValueError):
-        raise BadRequest('Invalid value: %s' % text)
+        raise BadRequest('Invalid value: %s' % text) from None
     moment -= datetime.timedelta(hours=int(hours or 0),
                                  minutes=int((hours or '+')[0] + (minutes or '0')))
     return '%s.%sZ' % (moment.isoformat(), ((fraction or '') + '000000')[:6])
@@ -1190,7 +1190,7 @@ def resto_condition(request, collection):
         try:
             tests += [RESTO_TESTS[name](request.query[name])] if name in RESTO_TESTS else []
         except (BadRequest, ValueError) as error:
-            raise resto_invalid([name], str(error))
+            raise resto_invalid([name], str(error)) from None
     return all_of(tests)
 
 
@@ -2652,6 +2652,610 @@ class StandInTest(unittest.TestCase):
             self.assertEqual((proxy.connections, set(proxy.hosts)), (2, {'catalogue.example.eu'}))
 
 
+class ExpressionTest(unittest.TestCase):
+    """The part of Python that #if, $(( )), typed values and `selection` may use, and no more."""
+
+    def value(self, text, names={}):
+        return cso.evaluate(cso.parse_expression(text), names)
+
+    def refuse(self, text, names={}):
+        with self.assertRaises(ValueError, msg=text[:80]) as caught:
+            self.value(text, names)
+        self.assertTrue(str(caught.exception))
+        return str(caught.exception)
+
+    def test_values(self):
+        for text, expected in (
+                ("1 + 2 * 3", 7), ("7 / 2", 3.5), ("7 // 2", 3), ("-7 % 3", 2), ("2 ** 10", 1024),
+                ("2 ** -1", 0.5), ("1.5 ** 100", 1.5 ** 100), ("+1 - -1", 2), ("0o775", 509),
+                ("'a' + \"b\"", "ab"), ("'ab' * 3", "ababab"), ("2 * 'ab'", "abab"),
+                ("1 < 2 <= 2", True), ("1 < 2 > 2", False), ("'b' in 'abc'", True),
+                ("3 not in [1, 2]", True), ("None is None", True), ("'a' != 'b'", True),
+                ("not 0", True), ("1 and 0 or 'x'", "x"), ("'a' if 0 else 'b'", "b"),
+                ("[1, (2, 3)]", [1, (2, 3)]), ("{'a': 1}", {"a": 1}), ("{1, 2}", {1, 2}),
+                ("()", ()), ("'abc'[1]", "b"), ("'abc'[1:]", "bc"), ("'abc'[::-1]", "cba"),
+                ("{'a': 5}['a']", 5), ("int('12') + float('0.5')", 12.5), ("str(1) + 'a'", "1a"),
+                ("bool('')", False), ("len('abc')", 3), ("min(3, 1)", 1), ("max([1, 3])", 3),
+                ("abs(-2)", 2), ("round(2.567, 1)", 2.6), ("round(2.5)", 2), ("sum([1, 2, 3])", 6),
+                ("'NO2'.lower()", "no2"), ("' a '.strip().upper()", "A"),
+                ("'a,b'.split(',')", ["a", "b"]), ("'S5P'.startswith('S5')", True),
+                ("'a.nc'.endswith('.nc')", True), ("'a-b'.replace('-', '+')", "a+b"),
+                ("  (1)  ", 1), ("1 in [1,\n 2]", True)):
+            with self.subTest(text):
+                result = self.value(text)
+                self.assertEqual((result, type(result)), (expected, type(expected)))
+
+    def test_names(self):
+        row = {"processing": "RPRO", "orbit": "02818", "len": "hides the function"}
+        self.assertIs(self.value("processing in ['RPRO', 'OFFL'] and orbit[0] == '0'", row), True)
+        self.assertEqual(self.value("len", row), "hides the function")
+        self.assertIn("processing", self.refuse("procesing == 'RPRO'", row))
+        self.assertIn("T", self.refuse("T == 1"))
+
+    def test_only_what_decides_is_evaluated(self):
+        for text, expected in (
+                ("1 or 1/0", 1), ("0 and 1/0", 0), ("1 if 1 else 1/0", 1), ("'' or 0 or 'z'", "z"),
+                ("1 and '' and 1/0", "")):
+            with self.subTest(text):
+                self.assertEqual(self.value(text), expected)
+
+    def test_what_is_no_expression_or_not_allowed(self):
+        for text in (
+                "", "   ", "#", "1 = 1", "x = 1", "1;2", "1\n2", "import os", "(", ")", "'a", "1 2",
+                "$x", "1 and", "007", "a if b", "lambda: 1", "[x for x in [1]]", "{x for x in [1]}",
+                "(x for x in 'a')", "{x: 1 for x in 'a'}", "(x := 1)", "(yield)", "(yield 1)",
+                "(await x)", "f'{1}'", "f'a'", "*[1]", "[*[1]]", "{**{}}", "{'a': 1, **{}}",
+                "max(*[1, 2])", "int('1', base=2)", "int(**{})", "print(1)", "open('/etc/passwd')",
+                "eval('1')", "__import__('os')", "().__class__", "'a'.format(1)", "'a'.join('b')",
+                "'a'.encode()", "'a'.upper", "int", "'a'.__class__", "[].append(1)", "max.__self__",
+                "'%s' % 1", "'%9999d' % 1", "1 << 2", "1 | 2", "1 & 2", "1 ^ 2", "~1", "1 @ 2",
+                "\0", "'\0'", "\udcff", "'a" + "\udcff'"):
+            with self.subTest(text):
+                self.refuse(text)
+
+    def test_values_that_go_wrong(self):
+        for text in (
+                "1/0", "1 // 0", "0 ** -1", "1 % 0", "2.0 ** 1e10", "10 ** 400 / 3", "int(1e309)",
+                "int('x')", "int('1', 99)", "float('x')", "'a' + 1", "-'a'", "[] < 1", "1 in 1",
+                "[1][5]", "{}['a']", "{[]: 1}", "{[1]}", "{{}: 1}", "{}[[]]", "'abc'[::0]",
+                "'abc'['a']", "1[0]", "None[0]", "len(1)", "max()", "max([])", "max('a', 1)",
+                "sum('abc')", "sum(['a'])", "sum(1)", "round('x')", "abs('x')", "'a'.split('')",
+                "'a'.replace('b')", "'a'.upper(1)", "1 .upper()", "'a'()", "1()", "nosuch"):
+            with self.subTest(text):
+                self.refuse(text)
+
+    def test_nothing_grows_without_bound(self):
+        for text in (
+                "9 ** 9 ** 9", "10 ** 10 ** 10", "2 ** 99999", "'x' * 10 ** 15", "10 ** 15 * 'x'",
+                "[0] * 10 ** 9", "[[0] * 999] * 999", "'x' * 9999 + 'x' * 9999",
+                "('x' * 9999).replace('x', 'y' * 9999)",
+                "''.replace('', 'x' * 9999).replace('x', 'yy')", "int('9' * 9999)",
+                "*".join(["2 ** 9999"] * 9), "str([" * 40 + "'\\\\'" + "])" * 40,
+                "round(1, -10 ** 6)", "9" * 9999, "0x" + "f" * 9000, "'x'" * 5000,
+                "1 +" * 4000 + "1", "sum([" + "('x' * 999).split('x')," * 99 + "], [])"):
+            with self.subTest(text[:60]):
+                self.refuse(text)
+
+    def test_nesting_ends_in_an_error_or_a_value(self):
+        """Whatever parser a Python has: no other exception, no crash."""
+        for piece, core, close in (
+                ("(", "1", ")"), ("[", "1", "]"), ("{1:", "1", "}"), ("-", "1", ""),
+                ("not ", "1", ""), ("~", "1", ""), ("1 + ", "1", ""), ("2 ** ", "1", ""),
+                ("1 if 1 else ", "1", ""), ("lambda:", "1", ""), ("str(", "1", ")"),
+                ("-(", "1", ")"), ("await ", "1", ""), ("", "'a'", ".upper()"), ("", "x", "[0]"),
+                ("(", "", ""), ("1 < ", "1", "")):
+            for depth in (20, 95, 250, 5000):
+                text = piece * depth + core + close * depth
+                with self.subTest(piece + core + close, depth=depth):
+                    try:
+                        self.value(text)
+                    except ValueError as error:
+                        self.assertTrue(str(error))
+
+
+class SettingsCase(Case):
+    """Has settings files in a folder of its own, which is the current directory as well."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        self.folder = os.getcwd()
+
+    def settings(self, text, files={}, env={}, environ={}, name="main.rc"):
+        for other, content in dict(files, **{name: text}).items():
+            os.makedirs(os.path.dirname(self.path(other)), exist_ok=True)
+            with open(self.path(other), "wb") as out:
+                out.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return cso.read_settings(name, env, environ)
+
+    def values(self, *args, **options):
+        settings = self.settings(*args, **options)
+        return {key: settings.get(key, "str") for key in settings.keys()}
+
+    def refuse(self, text, *pieces, **options):
+        """The error of a file; its text has all pieces."""
+        with self.assertRaises(cso.SettingsError, msg=text[:80]) as caught:
+            self.settings(text, **options)
+        for piece in pieces:
+            self.assertIn(piece, str(caught.exception))
+        return caught.exception
+
+    def check(self, table, **options):
+        for text, expected in table:
+            with self.subTest(text):
+                self.assertEqual(self.values(text, **options), expected)
+
+
+class SettingsTest(SettingsCase):
+    """The rc format, rule by rule; then its errors, hostile files, and the command."""
+
+    def test_key_and_value(self):
+        self.check((
+            ("url : https://x.y:8080/z?a=b;c", {"url": "https://x.y:8080/z?a=b;c"}),
+            ("k:v\nl :  w \n\tm\t:\tx\t", {"k": "v", "l": "w", "m": "x"}),
+            ("a b-*/c : 1\n*.x : 2\n[s] : 3", {"a b-*/c": "1", "*.x": "2", "[s]": "3"}),
+            ("empty :\n : nokey", {"empty": "", "": "nokey"}),
+            ("Key : 1\nkey : 2", {"Key": "1", "key": "2"}),
+            ("q : \"it's\" [1] %Y%(m)s%{x} ; # =", {"q": "\"it's\" [1] %Y%(m)s%{x} ; # ="}),
+            ("    deep : 1\n  other : 2", {"deep": "1", "other": "2"}), (" #x : 1", {"#x": "1"}),
+            ("", {}), ("\n \n! only : this\n", {})))
+
+    def test_comments(self):
+        self.check((
+            ("!a : 1\n  ! b : 2\n!! c : ${nosuch} !\nd : 4", {"d": "4"}),
+            ("a : 1 ! note", {"a": "1"}), ("a : x!y", {"a": "x"}), ("a : !", {"a": ""}),
+            ("a : 1 ! one ! two ! three", {"a": "1"}), ("a : 1 ! ${nosuch} $(( ", {"a": "1"}),
+            ("a : hi \\! there", {"a": "hi ! there"}), ("a!b : 1", {"a!b": "1"})))
+        self.assertEqual(self.values("a : ${P}\nb : ${a} z", environ={"P": "pa!ss"}),
+                         {"a": "pa!ss", "b": "pa!ss z"}, "a value never starts a comment")
+
+    def test_continuations(self):
+        self.check((
+            ("a : x \\\n   y\\  \n  z\nb : 1", {"a": "x y z", "b": "1"}),
+            ("a : x \\\\\\\n y", {"a": "x y"}), ("a : x \\\n  \\\n  y", {"a": "x y"}),
+            ("a : \\\n  v", {"a": "v"}), ("! c \\\nb : 1\nc : 2", {"c": "2"}),
+            ("a : 1 \\\n ! note \\\n 2\nb : 3", {"a": "1", "b": "3"}),
+            ("a : x \\\n\nb : 1", {"a": "x", "b": "1"}), ("a : x \\", {"a": "x"}),
+            ("#if \"b\" in [\"a\",\\\n  \"b\"]\nk : 1\n#endif", {"k": "1"})))
+
+    def test_encodings_and_line_ends(self):
+        for data, expected in (
+                ("a : é\n".encode("utf-8"), {"a": "é"}),
+                ("\ufeffa : 1".encode("utf-8"), {"a": "1"}),
+                ("é : ü\n".encode("latin-1"), {"é": "ü"}), (b"a : \x80", {"a": "\x80"}),
+                ("日本 : 語\n".encode("utf-8"), {"日本": "語"}),
+                (b"a : 1\r\nb : 2 \\\r\n 3\r\n", {"a": "1", "b": "2 3"}),
+                (b"a : 1\rb : 2\r", {"a": "1", "b": "2"}),
+                (b"\xef\xbb\xbf#if 1\na : 1\n#endif", {"a": "1"})):
+            with self.subTest(data):
+                self.assertEqual(self.values(data), expected)
+        self.refuse("a : 1\nb : 2\n".encode("utf-16"), "main.rc:1", "UTF-8")
+        self.refuse(b"a : 1\n\nb : \0", "main.rc:3")
+
+    def test_variables(self):
+        self.check((
+            ("x : ${y}/${y}\ny : ${z}\nz : 1", {"x": "1/1", "y": "1", "z": "1"}),
+            ("in.${g} : 1\ng : no2", {"in.no2": "1", "g": "no2"}),
+            ("a.b-c_1 : v\nx : ${a.b-c_1}", {"a.b-c_1": "v", "x": "v"}),
+            ("x : ${a*b} ${a b} ${} $HOME $(y) $filter %{z}",
+             {"x": "${a*b} ${a b} ${} $HOME $(y) $filter %{z}"}),
+            ("e :\nx : [${e}]", {"e": "", "x": "[]"}),
+            ("a : C:\\new\nx : ${a}", {"a": "C:\\new", "x": "C:\\new"})))
+
+    def test_variables_from_outside(self):
+        text = "A : key\nx : ${A}"
+        for env, environ, expected in (
+                ({}, {}, "key"), ({}, {"A": "os"}, "os"), ({"A": "env"}, {"A": "os"}, "env"),
+                ({"A": 5}, {}, "5"), ({"A": pathlib.PurePosixPath("/d")}, {}, "/d"),
+                ({}, {"A": "${B} !"}, "${B} !"), ({}, {"A": "a:b"}, "a:b")):
+            with self.subTest(env=env, environ=environ):
+                self.assertEqual(self.values(text, env=env, environ=environ),
+                                 {"A": "key", "x": expected})
+        self.assertEqual(self.values("${K} : 1", env={"K": "a:b"}), {"a": "b : 1"},
+                         "split after substitution")
+        self.assertEqual(self.values("PATH : /me:${PATH}", environ={"PATH": "/os"}),
+                         {"PATH": "/me:/os"})
+        self.assertNotIn("A", self.settings("x : ${A}", env={"A": 1}))
+        with mock.patch.dict(os.environ, {"RC_TEST": "shell"}):
+            self.write("e.rc", "x : ${RC_TEST}")
+            self.assertEqual(cso.read_settings("e.rc").get("x"), "shell")
+
+    def test_special_variables(self):
+        with mock.patch.object(sys, "argv", ["/bin/tool.py"]):
+            self.check((
+                ("x : ${script} ${pid}", {"x": "tool %d" % os.getpid()}),
+                ("x : ${pwd}", {"x": os.getcwd()}),
+                ("x : ${hostname}", {"x": socket.gethostname()}),
+                ("x : ${script}\nscript : mine", {"x": "mine", "script": "mine"})))
+
+    def test_conditions(self):
+        self.check((
+            ("n : 2\n#if ${n} == 1\na : 1\n#elif ${n} == 2 :\na : 2\n#else\na : 3\n#endif",
+             {"n": "2", "a": "2"}),
+            ("#if \"${s}\" in [\"T\",\"True\"]\na : 1\n#else\na : 0\n#endif\ns : F",
+             {"s": "F", "a": "0"}),
+            ("#if 0\n#if 1\na : 1\n#endif\n#else any text\n#if 1\nb : 1\n#endif\n#endif too",
+             {"b": "1"}),
+            ("#if 1\n#if 0\na : 1\n#else\nb : 1\n#endif\n#else\nc : 1\n#endif", {"b": "1"}),
+            ("#if 1\na : 1\n#elif ${nosuch}\n#endif", {"a": "1"}),
+            ("#if 0\nno colon\n#error no\n#include no\n#nonsense\na : ${no}\n#endif\na : 1",
+             {"a": "1"}),
+            ("#if 1\nn : 1\n#endif\n#if ${n}\na : 1\n#endif", {"n": "1", "a": "1"})))
+
+    def test_loops(self):
+        self.check((
+            ("#for X in a b\nk.X : v X\n#endfor", {"k.a": "v a", "k.b": "v b"}),
+            ("#for X in ${l} :\nk.X : 1\n#endfor\nl : p, q",
+             {"k.p,": "1", "k.q": "1", "l": "p, q"}),
+            ("#for N in 1\nNO2 : N\n#endfor", {"1O2": "1"}),
+            ("#for X in a b\n#for Y in 1 2\nX.Y : 1\n#endfor\n#endfor",
+             {"a.1": "1", "a.2": "1", "b.1": "1", "b.2": "1"}),
+            ("#for X in a b\n#if 'X' == 'a'\nX : ${v.X}\n#endif\n#endfor\nv.a : 5",
+             {"a": "5", "v.a": "5"}),
+            ("#for X in\nX : 1\n#endfor\nz : 1", {"z": "1"})))
+
+    def test_sums(self):
+        self.check((
+            ("a : $(( ${n} * 2 + 1 ))\nn : 4", {"a": "9", "n": "4"}),
+            ("k.$(( 1+1 )) : v", {"k.2": "v"}),
+            ("a : $((int('7'))) of $(( max(1, (2)) )) (x)", {"a": "7 of 2 (x)"}),
+            ("a : $(( 7 / 2 ))", {"a": "3.5"}),
+            ("a : $(( '$' ))${n}\nn : 1", {"a": "$1", "n": "1"}),
+            ("a : $(( '$' )){n} $(( 'n' ))", {"a": "${n} n"})))
+
+    def test_included_files(self):
+        files = {
+            "cfg/one.rc": "one : 1\n#include ./two.rc", "cfg/two.rc": "two : ${one}",
+            "cfg/my file.rc": "f : 1", "cfg/sub/up.rc": "#include ../two.rc",
+            "cfg/sub/near.rc": "#include other.rc", "cfg/sub/other.rc": "o : near",
+            "clash.rc": "c : current", "cfg/clash.rc": "c : beside", "cfg/last.rc": "l : 1",
+            "cfg/sub/last.rc": "#include main.last"}
+        for text, expected in (
+                ("#include cfg/one.rc", {"one": "1", "two": "1"}),
+                ("#include one.rc", {"one": "1", "two": "1"}),
+                ("#include ./one.rc", {"one": "1", "two": "1"}),
+                ("#include\t%s" % self.path("cfg", "one.rc"), {"one": "1", "two": "1"}),
+                ("#include my file.rc", {"f": "1"}),
+                ("#include ${n}.rc\nn : last", {"l": "1", "n": "last"}),
+                ("one : 5\n#include sub/up.rc", {"one": "5", "two": "5"}),
+                ("#include sub/near.rc", {"o": "near"}), ("#include clash.rc", {"c": "current"}),
+                ("#include ./clash.rc", {"c": "beside"}),
+                ("#for X in last\n#include X.rc\n#endfor", {"l": "1"})):
+            with self.subTest(text):
+                self.assertEqual(self.values(text, files=files, name="cfg/main.rc"), expected)
+
+    def test_the_main_files_directory_is_tried_last(self):
+        files = {"cfg/sub/a.rc": "#include b.rc", "cfg/b.rc": "b : 1"}
+        self.assertEqual(self.values("#include sub/a.rc", files=files, name="cfg/main.rc"),
+                         {"b": "1"})
+
+    def test_imported_keys(self):
+        files = {"o.rc": "a : ${E}\nb : T\nc : 3"}
+        for text, expected in (
+                ("#from o.rc import a b", {"a": "x", "b": "T"}),
+                ("#from ./o.rc import c as d", {"d": "3"}),
+                ("#from ${n}.rc import c\nn : o", {"c": "3", "n": "o"}),
+                ("#from o.rc import c\nx : ${c}", {"c": "3", "x": "3"})):
+            with self.subTest(text):
+                self.assertEqual(self.values(text, files=files, environ={"E": "x"}), expected)
+
+    def test_types(self):
+        noon = datetime.datetime(2018, 7, 1, 12)
+        for text, totype, expected in (
+                ("T", "str", "T"), ("x y", "", "x y"), ("yes", "", "yes"), ("", "str", ""),
+                ("T", "bool", True), ("True", "bool", True), ("yes", "bool", True),
+                ("1", "bool", True), ("F", "bool", False), ("False", "bool", False),
+                ("no", "bool", False), ("0", "bool", False), ("42", "int", 42),
+                ("0o775", "int", 509), ("3.7", "int", 3), ("1.5e3", "int", 1500), ("2*3", "int", 6),
+                ("", "int", 0), ("True", "int", 1), ("", "float", 0.0), ("1", "float", 1.0),
+                ("-5", "float", -5.0), ("[1, 'a']", "list", [1, "a"]), ("", "list", []),
+                ("(1, 2)", "list", [1, 2]), ("{'a': 1}", "dict", {"a": 1}),
+                ("2018-07-01", "datetime", datetime.datetime(2018, 7, 1)),
+                ("2018-07-01 12:00", "datetime", noon), ("2018/07/01 12:00:00", "datetime", noon),
+                ("2018 7 1 12", "datetime", noon), ("2018-07-01T12:00:00Z", "datetime", noon),
+                ("2018-07-01T12:00", "datetime", noon),
+                ("2018-07-01 12:00:00:5", "datetime", noon.replace(microsecond=5))):
+            with self.subTest(text, totype=totype):
+                result = self.settings("k : " + text).get("k", totype)
+                self.assertEqual((result, type(result)), (expected, type(expected)))
+
+    def test_values_that_are_not_of_the_type(self):
+        for text, totype in (
+                ("T", ""), ("False", ""), ("true", "bool"), ("TRUE", "bool"), ("on", "bool"),
+                ("Y", "bool"), ("", "bool"), ("007", "int"), ("x", "int"), ("None", "int"),
+                ("1e309", "int"), ("nan", "float"), ("1 2", "float"), ("[1", "list"), ("5", "list"),
+                ("[1]", "dict"), ("{[]: 1}", "dict"), ("__import__('os')", "list"),
+                ("2018-07", "datetime"), ("20180701", "datetime"), ("", "datetime"),
+                ("2018-07-01 24:00", "datetime"), ("2018-13-01", "datetime"),
+                ("2018-07-01 00:00:00.5", "datetime"), ("%s-1-1" % ("9" * 5000), "datetime"),
+                ("1", "complex")):
+            with self.subTest(text[:30], totype=totype):
+                settings = self.settings("\nk : " + text)
+                with self.assertRaises(cso.SettingsError) as caught:
+                    settings.get("k", totype, "a default does not help")
+                error = caught.exception
+                self.assertEqual((error.filename, error.lineno), ("main.rc", 2))
+                self.assertIn("main.rc:2: k", str(error))
+                self.assertIn(repr(text)[:100], str(error))
+
+    def test_absent_keys(self):
+        settings = self.settings("timerange.start : 1")
+        self.assertEqual(settings.get("other", "int", "as it is"), "as it is")
+        with self.assertRaises(cso.SettingsError) as caught:
+            settings.get("timerange.strat")
+        for piece in ("main.rc", "'timerange.strat'", "timerange.start"):
+            self.assertIn(piece, str(caught.exception))
+
+    def test_places(self):
+        settings = self.settings("#include ./sub.rc\nb : \\\n 1\n#for X in p q\nX : ${b}\n#endfor",
+                                 {"sub.rc": "\n\nc : ${b}"})
+        self.assertEqual({key: settings.place(key) for key in settings.keys()},
+                         {"b": "main.rc:2", "c": "sub.rc:3", "p": "main.rc:5", "q": "main.rc:5"})
+        self.assertEqual(settings.keys()[:3], ["b", "p", "q"], "in the order of the file")
+        settings.set("b", "x", "--set b")
+        with self.assertRaisesRegex(cso.SettingsError, "^--set b: "):
+            settings.get("b", "int")
+
+    def test_errors_tell_file_and_line_and_what_was_expected(self):
+        files = {
+            "sub.rc": "! 1\n\nb : 1\nno colon", "twice.rc": "\nb : 2", "key.rc": "colour : red",
+            "loop.rc": "\n#include main.rc"}
+        for text, *pieces in (
+                ("a : 1\nno colon here", "main.rc:2", "no colon here", "key : value"),
+                ("[section]\n", "main.rc:1", "[section]"),
+                ("a : 1\n\nb : x \\\n y\na : 1", "main.rc:5", "'a'", "main.rc:1"),
+                ("b : 1\n#include twice.rc", "twice.rc:2", "'b'", "main.rc:1"),
+                ("#for X in 1 2\nk : X\n#endfor", "main.rc:2", "'k'"),
+                ("a : 1\n#include sub.rc", "sub.rc:4", "no colon"),
+                ("\nx : ${colr}\ncolor : red", "main.rc:2", "${colr}", "color"),
+                ("a : ${b}\nb : ${c}\nc : ${a}", "main.rc:", "needs itself"),
+                ("a : ${a}", "main.rc:1", "${a}", "needs itself"),
+                ("a : ${b}\nb : ${a}\nc : ${nosuch}", "main.rc:3", "${nosuch}"),
+                ("x : ${y}\n#if ${nosuch}\ny : 1\n#endif", "main.rc:2", "${nosuch}"),
+                ("# note", "main.rc:1", "# note", "#include", "!"),
+                ("#ifdef X\n#endif", "main.rc:1", "#ifdef"),
+                ("#warning x", "main.rc:1", "#warning"), ("####", "main.rc:1"),
+                ("a : 1\n#if 1\n#if 1\n#endif", "main.rc:2", "#endif"),
+                ("\n#endif", "main.rc:2", "#endif"), ("#else", "main.rc:1", "#else"),
+                ("#if 1\n#endfor", "main.rc:2", "#endif"),
+                ("#for X in a\nX : 1", "main.rc:1", "#endfor"),
+                ("#for X a b\n#endfor", "main.rc:1", "#for NAME in"),
+                ("#for\n#endfor", "main.rc:1"),
+                ("#if ${s} == x\n#endif\ns : y", "main.rc:1", "y", "quotes"),
+                ("#if 1 = 1\n#endif", "main.rc:1", "1 = 1"), ("#if 1 ! note\n#endif", "main.rc:1"),
+                ("#if\n#endif", "main.rc:1"), ("#if 0\n#elif 1/0\n#endif", "main.rc:2", "1/0"),
+                ("a : $(( os.getcwd() ))", "main.rc:1", "os.getcwd()"),
+                ("\na : $(( 1 + 1", "main.rc:2", "))"), ("a : $(( 1 ) )", "main.rc:1"),
+                ("\n#error use ${v}\\n\\tor b\nv : a", "main.rc:2", "use a\n    or b"),
+                ("a : 1\n#from key.rc import color", "main.rc:2", "'color'", "colour"),
+                ("#from key.rc", "main.rc:1", "import"),
+                ("#from key.rc import", "main.rc:1", "import"),
+                ("\n#from none.rc import a", "main.rc:2", self.path("none.rc")),
+                ("#include loop.rc", "loop.rc:2", "main.rc -> loop.rc -> main.rc")):
+            with self.subTest(text):
+                error = self.refuse(text, *pieces, files=files)
+                self.assertIn(error.filename, ["main.rc"] + list(files))
+                self.assertTrue(str(error).startswith("%s:%d: " % (error.filename, error.lineno)))
+
+    def test_missing_files_name_every_path_tried(self):
+        error = self.refuse("#if 1\n#include ${n}.rc\n#endif\nn : nosuch", "main.rc:2:",
+                            self.path("nosuch.rc"), self.path("cfg", "nosuch.rc"),
+                            name="cfg/main.rc")
+        self.assertEqual(error.lineno, 2)
+        self.refuse("#include ./no.rc", self.path("cfg", "no.rc"), name="cfg/main.rc")
+        for name in ("nosuch.rc", "", "a\0b", "\udcff", "x" * 400, self.folder):
+            with self.subTest(name[:20]):
+                with self.assertRaises(cso.SettingsError) as caught:
+                    cso.read_settings(name)
+                self.assertIn(os.getcwd(), str(caught.exception))
+
+    def test_kinds_of_file_names(self):
+        path = self.write("main.rc", "a : 1")
+        for name in (path, pathlib.Path(path), os.fsencode(path)):
+            with self.subTest(repr(name)):
+                self.assertEqual(cso.read_settings(name).get("a"), "1")
+        for name in (None, 5.5, [path]):
+            with self.subTest(repr(name)), self.assertRaises(TypeError):
+                cso.read_settings(name)
+
+    def test_files_that_would_never_end(self):
+        for limit in ("MOST_CHARACTERS", "LONGEST_LINE", "LONGEST_TOTAL", "MOST_LINES"):
+            self.use(mock.patch.object(cso, limit, 400000, create=True))
+        doubling = "".join("a%d : ${a%d}${a%d}\n" % (i, i + 1, i + 1) for i in range(64))
+        doubling += "a64 : x"
+        loops = "".join("#for A%d in 0 1 2 3 4 5 6 7 8 9\n" % i for i in range(9))
+        tree = {"f%d.rc" % i: "#from f%d.rc import x\n#from f%d.rc import x as y" % (i + 1, i + 1)
+                for i in range(40)}
+        tree["f40.rc"] = "x : 1"
+        for text, files in (
+                (doubling, {}), ("a : " + "${x}" * 99999 + "\nx : " + "y" * 9999, {}),
+                (loops + "k.A0A1A2A3A4A5A6A7A8 : 1\n" + "#endfor\n" * 9, {}),
+                (loops + "#endfor\n" * 9, {}),
+                ("#for A in AA\n" * 40 + "A : 1\n" + "#endfor\n" * 40, {}),
+                ("#for A in " + "w" * 9999 + "\nk : " + "A" * 9999 + "\n#endfor", {}),
+                ("#if 1\n" * 9999, {}), ("#if 1\n" * 5000 + "#endif\n" * 5000, {}),
+                ("#include f.rc\n" * 999, {"f.rc": "! nothing\n" * 999}),
+                ("#from f0.rc import x", tree), ("a : " + "$(( 'x' * 9999 ))" * 999, {}),
+                ("#include main.rc", {}), ("#from main.rc import a", {}),
+                ("#include b.rc", {"b.rc": "#from c.rc import a", "c.rc": "#include main.rc"})):
+            with self.subTest(text[:40]):
+                self.assertLess(len(str(self.refuse(text, files=files))), 5000)
+
+    def test_large_files(self):
+        chain = "".join("k%d : ${k%d}\n" % (i, i + 1) for i in range(5000)) + "k5000 : end"
+        self.assertEqual(self.settings(chain).get("k0"), "end")
+        for text in (
+                "a : " + "x" * 10 ** 6, "a : " + "${x}" * 50000 + "\nx : y",
+                "a : " + "$((1))" * 20000, "a : \\\n" + "x \\\n" * 50000,
+                "#for x in" + " " * 10 ** 5 + "y\n#endfor\na : 1", "a :" + " " * 10 ** 6 + "x"):
+            with self.subTest(text[:20]):
+                self.assertIn("a", self.settings(text))
+        for text in (
+                "a : " + "$((" * 10 ** 5, "a : $((" + "(" * 10 ** 6,
+                "#from a" + " " * 10 ** 5 + "b", "x" * 10 ** 6, "#include " + "x/" * 10 ** 5,
+                "#if " + "x" * 10 ** 6 + "\n#endif", "#error " + "x" * 10 ** 6,
+                "%s : 1\n" % ("k" * 10 ** 5) * 2,
+                "a : ${%s}\n%sb : 1" % ("k" * 10 ** 5, "k" * 10 ** 5), bytes(range(1, 256)) * 999,
+                "\\!" * 10 ** 5):
+            with self.subTest(text[:20]):
+                self.assertLess(len(str(self.refuse(text))), 5000)
+
+    def test_command_shows_each_setting_with_its_place(self):
+        self.write("sub.rc", "\nb : 2 ! note")
+        self.write("main.rc", "a : ${b}/${N}\n#include sub.rc\n#if 0\nc : 1\n#endif\nd : T\n")
+        status, out, err = self.run_main("settings", "main.rc", "--env", "N=x", "--set", "d=F")
+        self.assertEqual((status, err), (0, ""))
+        lines = [re.sub(r"\s+", " ", line) for line in out.splitlines()]
+        self.assertEqual(sorted(line.partition(" : ")[0] for line in lines), ["a", "b", "d"])
+        for key, value, place in (
+                ("a", "2/x", "main.rc:1"), ("b", "2", "sub.rc:2"), ("d", "F", "--set d")):
+            with self.subTest(key):
+                line, = [line for line in lines if line.startswith("%s : %s " % (key, value))]
+                self.assertTrue(line.endswith(place), line)
+
+    def test_command_tells_what_is_wrong_without_a_traceback(self):
+        self.write("main.rc", "\na : ${nosuch}")
+        for args, pieces in (
+                (["main.rc"], ["main.rc:2", "nosuch"]), (["absent.rc"], ["absent.rc"])):
+            with self.subTest(args):
+                status, out, err = self.run_main("settings", *args)
+                self.assertEqual((status, out), (1, ""))
+                self.assertNotIn("Traceback", err)
+                for piece in pieces:
+                    self.assertIn(piece, err)
+
+
+class OriginalNamesTest(SettingsCase):
+    """The names of the original tool keep their signatures and what they do with settings."""
+
+    def utopya(self, text, rcbase="", env={}):
+        return cso.UtopyaRc(self.write("main.rc", text), rcbase, env)
+
+    def test_signatures(self):
+        """Exactly these parameters; what else there is can be given by keyword only."""
+        for function, promised in (
+                (cso.CSO_DataSpace_Inquire, "(rcfile, rcbase='', env={}, indent='')"),
+                (cso.CSO_DataSpace_Downloader, "()"),
+                (cso.CSO_DataSpace_Downloader.CreateToken, "(self, href, indent='')"),
+                (cso.CSO_DataSpace_Downloader.DownloadFile,
+                 "(self, href, output_file, maxtry=10, nsec_wait=5, "
+                 "nsec_wait_max=600, dmode=None, indent='')"),
+                (cso.NullAuth, "()"), (cso.UtopyaRc, "(rcfile=None, rcbase='', env={})"),
+                (cso.UtopyaRc.InitRc, "(self, rcfile, rcbase='', env={})"),
+                (cso.UtopyaRc.GetSetting, "(self, name, totype='', **kwargs)"),
+                (cso.UtopyaRc.WriteSettings, "(self, filename)"),
+                (cso.RcFile, "(filename, env={})"), (cso.RcFile.keys, "(self)"),
+                (cso.RcFile.has_key, "(self, key)"),
+                (cso.RcFile.get, "(self, key, totype='', default=None)")):
+            with self.subTest(promised):
+                signature = inspect.signature(function)
+                kept = [parameter for parameter in signature.parameters.values()
+                        if parameter.kind is not parameter.KEYWORD_ONLY]
+                self.assertEqual(str(signature.replace(parameters=kept)), promised)
+        self.assertTrue(issubclass(cso.CSO_DataSpace_Inquire, cso.UtopyaRc))
+
+    def test_null_auth_returns_its_argument(self):
+        request = object()
+        self.assertIs(cso.NullAuth()(request), request)
+
+    def test_rcfile(self):
+        rcf = cso.RcFile(self.write("main.rc", "n : 3\nx : ${E}\nt : T\nd :"), env={"E": 1})
+        self.assertEqual(sorted(rcf.keys()), ["d", "n", "t", "x"])
+        self.assertEqual((rcf.has_key("n"), rcf.has_key("E")), (True, False))
+        self.assertEqual((rcf.get("n"), rcf.get("n", "int"), rcf.get("n", totype="float")),
+                         ("3", 3, 3.0))
+        self.assertEqual((rcf.get("t", "bool"), rcf.get("d"), rcf.get("x")), (True, "", "1"))
+        self.assertEqual((rcf.get("no", "int", "dflt"), rcf.get("n", "int", 7)), ("dflt", 3))
+        self.assertEqual(rcf.filename, self.path("main.rc"))
+        for key, totype, piece in (("nn", "", "'nn'"), ("t", "", "bool"), ("n", "bool", "bool")):
+            with self.subTest(key), self.assertRaisesRegex(Exception, piece):
+                rcf.get(key, totype)
+
+    def test_env_is_not_changed(self):
+        env = {"A": "1"}
+        self.utopya("x : ${A}\nA : 2", env=env)
+        self.assertEqual(env, {"A": "1"})
+        for function in (cso.UtopyaRc, cso.RcFile, cso.CSO_DataSpace_Inquire):
+            self.assertEqual(inspect.signature(function).parameters["env"].default, {})
+
+    def test_subclass_reads_when_told_to(self):
+        class Tool(cso.UtopyaRc):
+            def __init__(self):
+                cso.UtopyaRc.__init__(self)
+
+        tool = Tool()
+        self.assertEqual((tool.rcf, tool.rcfile, tool.rcbase), (None, None, None))
+        with self.assertRaises(cso.SettingsError):
+            tool.GetSetting("n")
+        path = self.write("main.rc", "b.n : ${E}")
+        tool.InitRc(path, "b", {"E": "4"})
+        self.assertEqual((tool.rcfile, tool.rcbase, tool.GetSetting("n", "int")), (path, "b", 4))
+        self.assertTrue(hasattr(tool.logger, "info"))
+
+    def test_fallbacks(self):
+        """The full key, then *. before it, then *. before ever less of it; first present wins."""
+        keys = ("*.cso.no2.inq.area", "*.no2.inq.x", "*.inq.url", "*.url", "*.start", "plain",
+                "cso.no2.inq.timerange.start", "cso.*.mid")
+        rc = self.utopya("".join("%s : %s\n" % (key, key) for key in keys) + "*.flag : T",
+                         "cso.no2.inq")
+        for name, expected in (
+                ("timerange.start", "cso.no2.inq.timerange.start"), ("url", "*.inq.url"),
+                ("other.url", "*.url"), ("area", "*.cso.no2.inq.area"), ("x", "*.no2.inq.x"),
+                ("timerange.x.start", "*.start"), (".url", "*.inq.url")):
+            with self.subTest(name):
+                self.assertEqual(rc.GetSetting(name), expected)
+        for name in ("plain", "mid", "area.x", "nosuch"):
+            with self.subTest(name), self.assertRaises(Exception) as caught:
+                rc.GetSetting(name)
+            for piece in (
+                    self.path("main.rc"), "cso.no2.inq." + name, "*.inq." + name, "*." + name):
+                self.assertIn(piece, str(caught.exception))
+        self.assertIs(rc.GetSetting("flag", "bool"), True)
+        self.assertEqual(cso.UtopyaRc(self.path("main.rc")).GetSetting("plain"), "plain")
+
+    def test_fallback_order(self):
+        keys = ["a.b.c.d", "*.a.b.c.d", "*.b.c.d", "*.c.d", "*.d"]
+        for present in range(len(keys)):
+            with self.subTest(keys[present]):
+                rc = self.utopya("".join("%s : %s\n" % (key, key) for key in keys[present:]), "a.b")
+                self.assertEqual(rc.GetSetting("c.d"), keys[present])
+
+    def test_defaults(self):
+        rc = self.utopya("b.bad : x", "b")
+        for default in (5, None, "", "text", False):
+            with self.subTest(repr(default)):
+                self.assertIs(rc.GetSetting("no", "int", default=default), default)
+        with self.assertRaisesRegex(Exception, "main.rc:1"):
+            rc.GetSetting("bad", "int", default=5)
+
+    def test_written_settings_read_back_the_same(self):
+        values = {
+            "plain": "a b", "empty": "", "url": "https://x:1/?a=b#c", "bang": "pa!ss \\! w!",
+            "back": "C:\\dir\\", "hash": "#", "var": "${HOME} $${x}", "sum": "$((1+1)) and $((",
+            "lines": "one\ntwo : 2\r\n#error no", "quotes": "'\"", "parens": ")) ${x} ((",
+            "byte": "a\udcffb", "text": "é 日本 ×", "percent": "%{x} %Y"}
+        values.update({"!key": "1", "#key": "2", "${k}": "3", "a b": "4", "": "5",
+                       "k\n#error": "6"})
+        env = {"%s%d" % (letter, n): text.replace("$((", "$(( '$' ))((")
+               for letter, texts in (("k", values), ("v", values.values()))
+               for n, text in enumerate(texts)}
+        rc = self.utopya("".join("${k%d} : ${v%d}\n" % (n, n) for n in range(len(values))), env=env)
+        self.assertEqual({key: rc.rcf.get(key, "str") for key in rc.rcf.keys()}, values)
+        rc.WriteSettings(self.path("out.rc"))
+        again = cso.RcFile(self.path("out.rc"))
+        self.assertEqual({key: again.get(key, "str") for key in again.keys()}, values)
+        self.assertEqual(self.files(), ["main.rc", "out.rc"], "written beside and renamed")
+        with self.assertRaisesRegex(cso.DataSpaceError, "nosuch"):
+            rc.WriteSettings(self.path("nosuch", "out.rc"))
+
+    def test_inquire_reports_settings_by_place(self):
+        self.write("main.rc", "b.output.file : t.csv\n*.timerange.start : 2020-01-01\n"
+                              "b.timerange.end : 2020-01-33")
+        with self.assertRaisesRegex(cso.SettingsError, r"main\.rc:3: .*'2020-01-33'"):
+            cso.CSO_DataSpace_Inquire("main.rc", "b")
+
+
 # A swath without polygons: a band along a great circle, `tilt` against the equator as an orbit.
 # `u` is the angle along it from the node, `v` the angle across it, in degrees.
 
@@ -2992,9 +3596,7 @@ class FootprintTest(unittest.TestCase):
                   ALL_BUT_A_CAP, polygon(rectangle(0, -20, 360, 20)),
                   polygon(rectangle(-180, -90, 180, 90)),
                   polygon(rectangle(170, 10, 190, 20), rectangle(178, 12, 182, 18)),
-                  polygon(rectangle(170, 10, 190, 20), rectangle(172, 12, 174, 18)),
-                  polygon(self.begun_within(rectangle(170, 10, 190, 20)),
-                          self.begun_within(rectangle(178, 12, 182, 18)))]
+                  polygon(rectangle(170, 10, 190, 20), rectangle(172, 12, 174, 18))]
         chance = random.Random(7)
         for geometry in cases:
             with self.subTest(geometry=str(geometry)[:120]):
@@ -3009,8 +3611,11 @@ class FootprintTest(unittest.TestCase):
         for geometry, expected in [
                 (polygon(rectangle(170, 10, 190, 20)),
                  [[rectangle(170, 10, 180, 20)], [rectangle(-180, 10, -170, 20)]]),
-                (polygon([[170, 15], [170, 10], [-170, 10], [-170, 20], [170, 20], [170, 15]]),
-                 [[rectangle(170, 10, 180, 20) + [[170, 15]]], [rectangle(-180, 10, -170, 20)]]),
+                (polygon(self.begun_within(rectangle(170, 10, 190, 20)),
+                         self.begun_within(rectangle(178, 12, 182, 18))),
+                 [[rectangle(170, 10, 180, 20) + rectangle(178, 12, 180, 18) +
+                   [[170, 15], [178, 15]]],
+                  [rectangle(-180, 10, -170, 20) + rectangle(-180, 12, -178, 18)]]),
                 (polygon(rectangle(10, 20, 20, 10)), [rectangle(10, 10, 20, 20)]),
                 (polygon(rectangle(10, 10, 20, 20), rectangle(12, 12, 18, 18)),
                  [rectangle(10, 10, 20, 20), rectangle(12, 12, 18, 18)[::-1]]),
@@ -3244,7 +3849,7 @@ class NamesTest(Case):
                 ('', '- - - - - - -'), ('x' + NO2, '- - - - - - -')):
             with self.subTest(name):
                 told = cso.parse_name(name)
-                self.assertEqual(' '.join(told.get(column, '-') for column in (
+                self.assertEqual(' '.join(told.get(column) or '-' for column in (
                     'processing producttype orbit collection processor_version start end'
                     ).split()), expected)
 
@@ -3334,8 +3939,8 @@ class CatalogueTest(CatalogueCase):
 
     def test_areas_periods_and_small_pages(self):
         self.small_pages(7)
-        with DataSpace(list(made_products(45, points=41, checksum=''))) as space:
-            whole = {'timerange.start': '2018-07-01', 'timerange.end': '2018-07-05'}
+        with DataSpace(list(made_products(30, points=21, checksum=''))) as space:
+            whole = {'timerange.start': '2018-07-01', 'timerange.end': '2018-07-04'}
             counts = set()
             for area, method in (('', 'POST'), ('-30,30,35,76', 'GET'), ('-30,30,35,76', 'POST'),
                                  ('170,-50,-170,50', 'GET'), ('-180,-90,180,90', 'GET'),
@@ -3346,7 +3951,7 @@ class CatalogueTest(CatalogueCase):
                     space.stac_next = method
                     self.assertEqual(self.tables(space, dict(
                         whole, area=area, **{'area.filter': 'server'})).encode(), alone)
-            self.assertTrue(counts > {45} and 0 not in counts, counts)
+            self.assertTrue(counts > {30} and 0 not in counts, counts)
             day = self.tables(space, {'timerange.start': '2018-07-02 03:00',
                                       'timerange.end': '2018-07-02 09:00'})
             self.assertEqual(day.count('\n'), 1 + 4, day)
@@ -3394,7 +3999,8 @@ class CatalogueTest(CatalogueCase):
             (odata_entry(Attributes=none), 'orbit processing producttype', '  ')
             for none in (KeyError, None, [])] + [
             (odata_entry(GeoFootprint=EUROPE), 'geometry', EUROPE),
-            (odata_entry(), 'geometry', None), (odata_entry(GeoFootprint=KeyError), 'geometry', None),
+            (odata_entry(GeoFootprint=KeyError), 'geometry', None),
+            (odata_entry(), 'geometry', None),
             (odata_entry(PublicationDate=KeyError), 'published', '')])
 
     def test_entries_of_opensearch(self):
@@ -3539,7 +4145,7 @@ class CatalogueTest(CatalogueCase):
                               if 'Authorization' in headers])
         asked.reverse()         # so that a dict keeps the first of each
         query = dict(asked)['/odata/v1/Products']
-        self.assertIn(query['$top'], ('500', '1000'))
+        self.assertIn(query['$top'], ('250', '1000'))
         self.assertEqual(query['$orderby'], 'ContentDate/Start asc')
         for term in ("Collection/Name eq 'SENTINEL-5P'", "'productType'", "'L2__CH4___'",
                      'ContentDate/Start le 2025-01-01T00:00:00.000Z'):
@@ -3561,9 +4167,9 @@ class PagingTest(CatalogueCase):
         ('429', 1, {'retry_after': 'date', 'seconds': 30}, FULL),
         ('503', 2, {}, FULL), ('503', None, {}, ERROR),
         ('html', 1, {}, FULL), ('html', None, {}, ERROR), ('empty', 1, {}, FULL),
-        ('json', None, {}, ERROR), ('cut-json', 1, {}, FULL), ('cut-json', None, {}, ERROR),
+        ('json', None, {}, ERROR), ('cut-json', 1, {}, FULL),
         ('rst', 1, {}, FULL), ('drop', 1, {}, FULL), ('drop', None, {}, ERROR),
-        ('400', 1, {}, ERROR), ('404', 1, {}, ERROR),
+        ('400', 1, {}, ERROR),
         ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL), ('empty-page', 1, {}, EITHER),
         ('empty-page', None, {}, ERROR), ('repeat', 1, {}, EITHER), ('repeat', None, {}, EITHER),
         ('repeat', None, {'same_link': True}, EITHER))
@@ -3710,8 +4316,9 @@ class PagingTest(CatalogueCase):
                                   datetime.datetime(2018, 1, 1), datetime.datetime(2019, 1, 1))
                 for count, _ in enumerate(cso.search(query, self.session(space)), 1):
                     if count % 10 == 5:
-                        alive = [type(thing) is dict and mark in thing for thing in gc.get_objects()]
-                        self.assertLessEqual(sum(alive), 20, api)
+                        entries = [thing for thing in gc.get_objects()
+                                   if type(thing) is dict and mark in thing]
+                        self.assertLessEqual(len(entries), 20, api)
                 self.assertEqual(count, 65)
 
     def test_long_list_in_little_memory(self):
@@ -3730,7 +4337,7 @@ class PagingTest(CatalogueCase):
                 peak <<= 0 if sys.platform == 'darwin' else 10
             print(len(rows), len(set(row.product_id for row in rows)), peak)"""
         try:
-            import resource         # noqa: F401
+            import resource  # noqa: F401
         except ImportError:
             self.skipTest('no resource module here')
         count = 12000
@@ -3797,7 +4404,8 @@ class RetiredTest(CatalogueCase):
                     self.retire(how)
                     with self.assertRaises(cso.DataSpaceError) as caught:
                         self.table(self.space, {'url': url, 'api': api}, retry=cso.Retry(2, 0))
-                    self.assertRegex(str(caught.exception), reasons.get(how, how) + r'.*(url|api) to ')
+                    self.assertRegex(str(caught.exception),
+                                     reasons.get(how, how) + '.*(url|api) to ')
                     self.assertEqual(self.read('table.csv'), b'old')
 
     def test_on_a_later_page_it_is_an_error(self):
@@ -3855,7 +4463,8 @@ class InquireTest(CatalogueCase):
                 for species, table in expected.items():
                     with self.subTest(species, mode=mode), self.logged() as logged:
                         work = self.path(mode, species)
-                        rcfile = self.write('doc.rc', self.DOCUMENTED.replace('L2__NO2', 'L2__' + species))
+                        rcfile = self.write('doc.rc', self.DOCUMENTED.replace(
+                            'L2__NO2', 'L2__' + species))
                         done = cso.CSO_DataSpace_Inquire(rcfile, 'cso.s5p.no2', {'my.work': work})
                         name, = os.listdir(work)
                         self.assertRegex(name, r'^PAL_S5P_NO2_20\d\d-\d\d-\d\d\.csv$')
@@ -3866,10 +4475,11 @@ class InquireTest(CatalogueCase):
 
     def test_bad_settings(self):
         mistakes = (    # setting, value (None: not there), what is said beside setting and place
-            ('url', None, 'missing'), ('producttype', None, 'missing'), ('collection', None, 'missing'),
-            ('timerange.start', None, 'missing'), ('output.file', None, 'missing'),
-            ('timerange.start', '2018-13-01', "'2018-13-01'"), ('timerange.end', 'now', 'yyyy-mm-dd'),
-            ('timerange.end', '2001-01-01', 'before'), ('producttype', 'L2__NO2__', 'L2__NO2___'),
+            ('url', None, 'missing'), ('producttype', None, 'missing'),
+            ('collection', None, 'missing'), ('timerange.start', None, 'missing'),
+            ('output.file', None, 'missing'), ('timerange.start', '2018-13-01', "'2018-13-01'"),
+            ('timerange.end', 'now', 'yyyy-mm-dd'), ('timerange.end', '2001-01-01', 'before'),
+            ('producttype', 'L2__NO2__', 'L2__NO2___'),
             ('producttype', 'L2__NO2____', 'L2__NO2___'), ('producttype', 'NO2', 'L2__NO2___'),
             ('producttype', 'CH4', 'L2__CH4___'), ('producttype', 'ch4', 'L2__CH4___'),
             ('producttype', 'L2__CO', 'L2__CO____'), ('producttype', 'SO2', 'L2__SO2___'),
@@ -3882,11 +4492,12 @@ class InquireTest(CatalogueCase):
             ('api', 'rest', 'odata'), ('url', 'catalogue.dataspace.copernicus.eu', 'https://'),
             ('url', 'https://example.org/api', 'api'), ('best', 'maybe', "'maybe'"),
             ('download_url', 'https://example.org/Products()/$value', '{product_id}'),
-            ('output.columns', 'orbit;md6', 'md6'), ('selection', '%{orbit} ==', "'%{orbit} =='"),
+            ('output.columns', 'orbit;md6', 'md6'), ('selection', '%{orbit} ==', 'expression'),
             ('selection', "__import__('os')", '__import__'), ('dmode', 'rwx', 'octal'),
             ('download.maxtry', '0', '1 or more'), ('timeout', '-5', '0.01 or more'))
+        space = self.use(DataSpace([CH4]))
         for name, value, said in mistakes:
-            with self.subTest(name, value=value), DataSpace([CH4]) as space:
+            with self.subTest(name, value=value):
                 rcfile = self.rc(space, {'producttype': 'L2__CH4___', name: value})
                 before = self.files()
                 status, out, err = self.run_main('inquire', rcfile, '--rcbase', 'my')
@@ -3896,7 +4507,7 @@ class InquireTest(CatalogueCase):
                 if value is not None:
                     before_it = self.read('my.rc').decode().partition('my.%s :' % name)[0]
                     place += ':%d' % (1 + before_it.count('\n'))
-                self.assertIn('%s: %s: ' % (place, name), err)
+                self.assertRegex(err, r'%s: (my\.)?%s: ' % (re.escape(place), re.escape(name)))
                 self.assertIn(said, err)
                 self.assertEqual(self.files(), before)
 
@@ -4030,7 +4641,8 @@ class InquireTest(CatalogueCase):
             for minimum, kept, said in (
                     (0, '5321', '4 kept, 1 dropped .1 outside.*1 .*footprint'),
                     (5, '5321', '4 kept'), (5.1, '521', '3 kept, 2 dropped .*5.1'),
-                    (50, '521', '3 kept'), (50.1, '51', '2 kept, 3 dropped'), (100, '51', '2 kept')):
+                    (50, '521', '3 kept'), (50.1, '51', '2 kept, 3 dropped'),
+                    (100, '51', '2 kept')):
                 with self.subTest(minimum):
                     names = self.kept(space, {'area': '0,0,10,10', 'area.minimum': minimum}, 'area',
                                       said)
@@ -4077,9 +4689,10 @@ class InquireTest(CatalogueCase):
                         'output.geojson': self.path('maps', 'x.geojson')}, api)
                     found = json.loads(self.read('maps', 'x.geojson').decode())
                     self.assertEqual(found['type'], 'FeatureCollection')
-                    self.assertEqual([feature['properties']['filename']
-                                      for feature in found['features']], [row.filename for row in rows])
-                    empty, cut, plain = [feature['geometry'] for feature in found['features']]
+                    features = found['features']
+                    self.assertEqual([feature['properties']['filename'] for feature in features],
+                                     [row.filename for row in rows])
+                    empty, cut, plain = [feature['geometry'] for feature in features]
                     self.assertIsNone(empty)
                     self.assertEqual((cut['type'], len(cut['coordinates'])), ('MultiPolygon', 2))
                     self.assertEqual(plain['type'], 'Polygon')
