@@ -148,6 +148,76 @@ class Stopped(DataSpaceError):
     """The run was asked to stop."""
 
 
+################ Files ################
+
+
+@contextlib.contextmanager
+def replacing(path, mode=0o666):
+    """Give a text file that is at path, whole, when the block ends without an error."""
+    beside = "%s.%s.part" % (path, owner_name())
+    try:
+        with file_errors(path):
+            descriptor = os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+            with open(descriptor, "w", encoding="utf-8", newline="") as out:
+                yield out
+            os.replace(beside, path)
+    finally:
+        discard(beside)
+
+
+def owner_name():
+    """Return host-pid of this process, for the names of files that only it writes."""
+    return "%s-%d" % (re.sub(r"[^\w.]", "_", socket.gethostname())[:40], os.getpid())
+
+
+@contextlib.contextmanager
+def file_errors(path):
+    """Turn an OSError of the block into a FileError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        advice = "; free some space and run again, it goes on where it stopped" if full else ""
+        raise FileError("%s: %s%s" % (path, error.strerror or error, advice), full) from error
+
+
+def discard(path):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def make_directories(path, dmode=None):
+    """Make a directory and those above it, each new one with mode dmode whatever the umask."""
+    if not path or os.path.isdir(path):
+        return
+    make_directories(os.path.dirname(path), dmode)
+    with file_errors(path):
+        try:
+            os.mkdir(path)
+            if dmode is not None:
+                os.chmod(path, dmode)
+        except FileExistsError:
+            if not os.path.isdir(path):         # else another process made it just now
+                raise
+
+
+def directory_mode(dmode):
+    """Return the mode meant by 0o775, 777, "777" or "0o775"; None for None or empty.
+
+    A mode that shuts out the owner is never meant, so such a number is digits read as octal.
+    """
+    if dmode is None or dmode == "":
+        return None
+    try:
+        mode = dmode if isinstance(dmode, int) and dmode & 0o700 == 0o700 else int(str(dmode), 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o7777:
+        raise SettingsError("dmode: %r is no mode of a directory; expected octal digits such as "
+                            "0o775" % (dmode,))
+    return mode
+
+
 ################ Expressions ################
 
 # The conditions of #if and `selection`, the sums of $(( )) and typed values are Python expressions
@@ -667,7 +737,6 @@ def rcbases(settings):
     ending = ".timerange.start"
     return sorted(key[:-len(ending)] for key in settings.keys()
                   if key.endswith(ending) and not key.startswith("*"))
-
 
 
 ################ Names, times, boxes ################
@@ -1837,41 +1906,6 @@ class TokenCache:
         discard(self.claim)
 
 
-@contextlib.contextmanager
-def replacing(path, mode=0o666):
-    """Give a text file that is at path, whole, when the block ends without an error."""
-    beside = "%s.%s.part" % (path, owner_name())
-    try:
-        with file_errors(path):
-            descriptor = os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
-            with open(descriptor, "w", encoding="utf-8", newline="") as out:
-                yield out
-            os.replace(beside, path)
-    finally:
-        discard(beside)
-
-
-def owner_name():
-    """Return host-pid of this process, for the names of files that only it writes."""
-    return "%s-%d" % (re.sub(r"[^\w.]", "_", socket.gethostname())[:40], os.getpid())
-
-
-@contextlib.contextmanager
-def file_errors(path):
-    """Turn an OSError of the block into a FileError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        advice = "; free some space and run again, it goes on where it stopped" if full else ""
-        raise FileError("%s: %s%s" % (path, error.strerror or error, advice), full) from error
-
-
-def discard(path):
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
 class Token:
     """Keeps one access token for all threads and renews it before it expires.
 
@@ -2697,38 +2731,6 @@ def checked_row(header, fields):
     if not re.match(r"\d*$", row.size):
         raise ValueError("%r is no size in bytes" % row.size[:40])
     return row._replace(md5=md5_text(row.md5))
-
-
-def make_directories(path, dmode=None):
-    """Make a directory and those above it, each new one with mode dmode whatever the umask."""
-    if not path or os.path.isdir(path):
-        return
-    make_directories(os.path.dirname(path), dmode)
-    with file_errors(path):
-        try:
-            os.mkdir(path)
-            if dmode is not None:
-                os.chmod(path, dmode)
-        except FileExistsError:
-            if not os.path.isdir(path):         # else another process made it just now
-                raise
-
-
-def directory_mode(dmode):
-    """Return the mode meant by 0o775, 777, "777" or "0o775"; None for None or empty.
-
-    A mode that shuts out the owner is never meant, so such a number is digits read as octal.
-    """
-    if dmode is None or dmode == "":
-        return None
-    try:
-        mode = dmode if isinstance(dmode, int) and dmode & 0o700 == 0o700 else int(str(dmode), 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o7777:
-        raise SettingsError("dmode: %r is no mode of a directory; expected octal digits such as "
-                            "0o775" % (dmode,))
-    return mode
 
 
 def write_geojson(products, path, dmode=None):
