@@ -2567,7 +2567,7 @@ def search(query, session):
     Raises CatalogueError or HttpError: then what was yielded is not the whole list.
     """
     api = query.api if query.api != "auto" else api_of(query.url)
-    substitute = fallback(query) if query.api == "auto" and api == "opensearch" else None
+    substitute = fallback(query.url) if query.api == "auto" and api == "opensearch" else None
     query = query._replace(api=api, url=query.url.rstrip("/"))
     try:
         request, page = first_page(query, session, substitute)
@@ -2616,12 +2616,9 @@ def turn_page(query, request, session, retry=None):
             shown(request.url), type(error).__name__, error)) from error
 
 
-def fallback(query):
+def fallback(url):
     """Return the OData base beside a retired OpenSearch base of the Data Space, else None."""
-    parts = split_url(query.url)
-    if host_of(query.url).endswith("." + DOMAIN):
-        return "%s://%s/odata/v1" % (parts.scheme, parts.netloc)
-    return None
+    return "%s://%s/odata/v1" % split_url(url)[:2] if host_of(url).endswith("." + DOMAIN) else None
 
 
 def explained(error, query):
@@ -4027,12 +4024,13 @@ def command_check(args, screen):
         for name, probe in (
                 ("python", check_python), ("proxy", lambda: check_proxy(url)),
                 ("catalogue", lambda: check_catalogue(url, session)),
+                ("opensearch", lambda: check_opensearch(url, session)),
                 ("credentials", lambda: check_credentials(session)),
                 ("login", lambda: session.token.get() and "ok: the service gave a token"),
                 ("space", lambda: check_folder(folder))):
             try:
                 said = probe()
-            except DataSpaceError as error:
+            except (DataSpaceError, ValueError) as error:
                 said, failed = "NOT ok: %s" % error, 1
             say("%-12s %s" % (name, said))
     return failed
@@ -4050,27 +4048,42 @@ def check_proxy(url):
 
 
 def check_catalogue(url, session):
-    """Ask for the least there is; tell the clock difference, and whether OpenSearch answers."""
-    api, base = api_of(url), url.rstrip("/")
-    probe = {"odata": "/Products?$top=1&$select=Id", "stac": "/collections?limit=1",
-             "opensearch": "/collections/Sentinel5P/search.json?maxRecords=1"}[api]
+    """Ask for the least there is; tell how far the clocks are apart."""
+    base = url.rstrip("/")
+    if api_of(base) == "opensearch":
+        base = fallback(base) or base
+    date = asked(base, session)
+    skew = abs(email.utils.mktime_tz(date) - time.time()) if date else 0
+    return "ok: %s answers, clocks differ by %d s" % (base, skew)
+
+
+def check_opensearch(url, session):
+    base = url.rstrip("/")
+    if api_of(base) != "opensearch":
+        base = "%s://%s/resto/api" % split_url(base)[:2]
     try:
-        with session.http.open(base + probe, {"Accept": "application/json"}) as response:
-            date = email.utils.parsedate_tz(response.headers.get("Date") or "")
-            decode_json(b"".join(chunks(response, base, session.timeout)), base)
+        asked(base, session)
     except HttpError as error:
-        if api == "opensearch" and fallback(Query(base, *[None] * 4)):
-            return "ok: OpenSearch is retired (%s); OData: %s" % (
-                error, check_catalogue(fallback(Query(base, *[None] * 4)), session))
-        raise
-    skew = "" if not date else ", clocks differ by %d s" % abs(
-        email.utils.mktime_tz(date) - time.time())
-    return "ok: %s answers%s" % (base, skew)
+        if api_of(url) == "opensearch" and not fallback(url):
+            raise
+        return "ok: not needed; it is retired (%s)" % error
+    return "ok: %s answers" % base
+
+
+def asked(base, session):
+    """Return the parsed Date header of the smallest page of a catalogue; raise HttpError."""
+    probe = {"odata": "/Products?$top=1&$select=Id", "stac": "/collections?limit=1",
+             "opensearch": "/collections/Sentinel5P/search.json?maxRecords=1"}[api_of(base)]
+    with session.http.open(base + probe, {"Accept": "application/json"}) as response:
+        decode_json(b"".join(chunks(response, base, session.timeout)), base)
+        return email.utils.parsedate_tz(response.headers.get("Date") or "")
 
 
 def check_credentials(session):
     found = find_credentials("download." + DOMAIN, session.environ)
-    return "ok: %s, from %s" % (found.username, found.source)
+    path = netrc_path(session.environ)
+    mode = ", mode %03o" % stat.S_IMODE(os.stat(path).st_mode) if path in found.source else ""
+    return "ok: %s, from %s%s" % (found.username, found.source, mode)
 
 
 def check_folder(folder):

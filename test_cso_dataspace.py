@@ -6557,7 +6557,8 @@ class MainTest(Case):
 
     def test_check_tells_what_to_do(self):
         status, out, err = self.run_main("check", self.rc, *self.common)
-        self.assertEqual((status, out.count(" ok: "), out.count("\n")), (0, 6, 6), out + err)
+        self.assertEqual((status, out.count(" ok: "), out.count("\n")), (0, 7, 7), out + err)
+        self.assertIn("opensearch   ok: %s answers" % self.space.opensearch, out)
         del os.environ["CDSE_PASSWORD"]
         status, out, err = self.run_main("check", self.rc, *self.common)
         self.assertEqual((status, out.count("NOT ok")), (1, 2), out)
