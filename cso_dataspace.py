@@ -154,10 +154,10 @@ class Stopped(DataSpaceError):
 @contextlib.contextmanager
 def replacing(path, mode=0o666):
     """Give a text file that is at path, whole, when the block ends without an error."""
-    beside = "%s.%s.part" % (path, owner_name())
+    beside = part_name(path)
     try:
         with file_errors(path):
-            descriptor = os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+            descriptor = os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_EXCL, mode)
             with open(descriptor, "w", encoding="utf-8", newline="") as out:
                 yield out
             os.replace(beside, path)
@@ -168,6 +168,11 @@ def replacing(path, mode=0o666):
 def owner_name():
     """Return host-pid of this process, for the names of files that only it writes."""
     return "%s-%d" % (re.sub(r"[^\w.]", "_", socket.gethostname())[:40], os.getpid())
+
+
+def part_name(path):
+    """Return a new name beside a path: containers may share a host name and a pid, so by chance."""
+    return "%s.%s-%d.part" % (path, owner_name(), random.SystemRandom().getrandbits(40))
 
 
 @contextlib.contextmanager
@@ -188,7 +193,7 @@ def discard(path):
 
 def make_directories(path, dmode=None):
     """Make a directory and those above it, each new one with mode dmode whatever the umask."""
-    if not path or os.path.isdir(path):
+    if not path or os.path.isdir(path) or os.path.dirname(path) == path:
         return
     make_directories(os.path.dirname(path), dmode)
     with file_errors(path):
@@ -771,7 +776,7 @@ class Product(NamedTuple):
 
     `start` and `end` are the measured period, UTC; `size` in bytes, 0 where unknown; `md5` is hex
     or empty; `orbit` and `processing` are the catalogue's, for names that do not tell them;
-    `geometry` is GeoJSON, a text in WKT, or None.
+    `geometry` is GeoJSON or None.
     """
 
     product_id: str
@@ -878,8 +883,8 @@ def mend_href(href):
     Quoted ids are refused by the service since 2024, and zipper was renamed to download.
     """
     href = re.sub(r"Products\((['\"])([^'\")]*)\1\)", r"Products(\2)", href.strip())
-    return re.sub(r"^https?://(?:zipper|download)\.dataspace\.copernicus\.eu/",
-                  "https://download.dataspace.copernicus.eu/", href)
+    href = re.sub(r"^http://(?=[\w.-]*\bdataspace\.copernicus\.eu/)", "https://", href)
+    return re.sub(r"^https://zipper(?=\.dataspace\.copernicus\.eu/)", "https://download", href)
 
 
 def href_id(href):
@@ -1463,7 +1468,7 @@ class Retry(NamedTuple):
         together from coming back together.
         """
         seconds = self.nsec_wait * 2.0 ** min(tries - 1, 60) * (1 + 0.25 * (tries > 1) * jitter())
-        return max(min(seconds, self.nsec_wait_max), retry_after or 0)
+        return max(min(seconds, self.nsec_wait_max), (retry_after or 0) * (1 + 0.25 * jitter()))
 
 
 def is_loopback(host):
@@ -1495,7 +1500,7 @@ def shown(url):
     """Return the url for a message: no password, no query."""
     parts = split_url(url)
     if not parts.netloc:
-        return repr(url[:200])
+        return repr(re.sub(".*@", "...@", url[:200]))
     return "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)
 
 
@@ -1606,7 +1611,7 @@ class Http:
     """
 
     def __init__(self, timeout=60, trusted=()):
-        self.timeout, self.trusted = timeout, tuple(trusted)
+        self.timeout, self.trusted = timeout, [host.lower() for host in trusted]
         self.connections = Connections()
         # No OpenerDirector of build_opener: that one follows redirects with the token in the
         # headers, and opens file: and ftp: urls.
@@ -1658,7 +1663,7 @@ def connection_error(url, error):
                                     "re-signs it, point SSL_CERT_FILE to the authority's file"
                                     % host)
     elif isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
-        temporary, advice = False, "; is the name %r right, and this machine on the network?" % host
+        advice = "; is the name %r right, and this machine on the network?" % host
     elif isinstance(error, (ValueError, http.client.InvalidURL)) or re.match(
             "unknown url|no host", str(reason)):
         temporary, advice = False, "; an http or https url was expected"
@@ -1666,10 +1671,9 @@ def connection_error(url, error):
         temporary, advice = False, "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
     if isinstance(reason, socket.timeout):
         reason = "no answer in time"
-    proxy = proxy_of(url)
-    return HttpError("%s: %s%s%s" % (
-        shown(url), reason or type(error).__name__, " (by the proxy %s)" % proxy if proxy else "",
-        advice), url, 0, temporary)
+    reason = re.sub(r"\S*@", "...@", str(reason or type(error).__name__))
+    proxy = " (by the proxy %s)" % proxy_of(url) if proxy_of(url) else ""
+    return HttpError("%s: %s%s%s" % (shown(url), reason, proxy, advice), url, 0, temporary)
 
 
 def proxy_of(url):
@@ -1677,7 +1681,7 @@ def proxy_of(url):
     proxy = urllib.request.getproxies().get(split_url(url).scheme)
     if not proxy or is_loopback(host_of(url)) or urllib.request.proxy_bypass(host_of(url)):
         return ""
-    return shown(proxy if "://" in proxy else "http://" + proxy)
+    return "http://" + re.sub(r"(?s)^(\w+:/*)?(.*@)?", "", proxy)
 
 
 def status_error(url, response):
@@ -1780,6 +1784,9 @@ def find_credentials(host, environ=os.environ):
     username, password = environ.get("CDSE_USERNAME"), environ.get("CDSE_PASSWORD")
     if username and password:
         return Credentials(username, password, "CDSE_USERNAME and CDSE_PASSWORD")
+    if username or password:
+        raise LoginError("credentials: only one of CDSE_USERNAME and CDSE_PASSWORD is set; "
+                         "set both or none")
     path = netrc_path(environ)
     hosts = list(dict.fromkeys(filter(None, (host,) + NETRC_HOSTS)))
     if os.path.exists(path):
@@ -1788,6 +1795,8 @@ def find_credentials(host, environ=os.environ):
         for name in hosts:
             if name in entries:
                 username, _, password = entries[name]
+                if not (username and password):
+                    raise LoginError("%s: machine %s has no login or no password" % (path, name))
                 return Credentials(username, password, "%s, machine %s" % (path, name))
     raise LoginError(
         "credentials: none found; looked at CDSE_USERNAME and CDSE_PASSWORD in the environment, "
@@ -1797,7 +1806,7 @@ def find_credentials(host, environ=os.environ):
 
 
 def netrc_path(environ):
-    return environ.get("NETRC") or os.path.join(os.path.expanduser("~"), ".netrc")
+    return os.path.expanduser(environ.get("NETRC") or os.path.join("~", ".netrc"))
 
 
 def read_netrc(path):
@@ -2077,6 +2086,10 @@ class Session:
         (self.given_sleep or self.stopped.wait)(seconds)
         self.check_stop()
 
+    def note(self, request):
+        """Take note of a request to a catalogue."""
+        log.debug("request: %s", urllib.parse.unquote(request.url))
+
     def check_stop(self):
         if self.stopped.is_set():
             raise Stopped("stopped")
@@ -2154,15 +2167,17 @@ class Slots:
             while self.busy >= self.limit:
                 self.change.wait()
             self.busy += 1
+            return self.limit
 
     def __exit__(self, *error):
         with self.change:
             self.busy -= 1
             self.change.notify()
 
-    def shrink(self):
+    def shrink(self, limit):
+        """Allow one less than `limit`, where that is still the limit: once for many complaints."""
         with self.change:
-            if self.limit > 1:
+            if 1 < limit == self.limit:
                 self.limit -= 1
                 log.warning("too many connections, the service says; going on with %d", self.limit)
 
@@ -2264,7 +2279,11 @@ def next_in_walk(products, announced, query, request, page_size):
     begun = request.skip or request.since > query.start - longest_product(query)
     if not products and not announced and (request.skip or not begun):
         return None
-    last = max((product.start for product in products), default=datetime.datetime.min)
+    starts = [product.start for product in products]
+    if starts != sorted(starts):
+        raise CatalogueError("%s: the page is not in the order of start times that was asked for; "
+                             "the list can't be completed" % shown(request.url))
+    last = starts[-1] if starts else datetime.datetime.min
     last -= datetime.timedelta(microseconds=last.microsecond % 1000)
     if last < request.since:
         raise CatalogueError("%s: the page does not hold what it was asked for; the list can't be "
@@ -2343,7 +2362,8 @@ class OData:
             parse_time(period["Start"]), parse_time(period["End"]),
             orbit_text(told.get("orbitNumber")), str(told.get("timeliness") or ""),
             known_size(value.get("ContentLength")), md5_of(value.get("Checksum")),
-            value.get("PublicationDate") or "", value.get("GeoFootprint") or value.get("Footprint"))
+            value.get("PublicationDate") or "",
+            value.get("GeoFootprint") or geometry_from_wkt(value.get("Footprint")))
 
 
 class OpenSearch:
@@ -2451,7 +2471,11 @@ class Stac:
     @staticmethod
     def parse(page, query, request):
         if "collections" in page:
-            return [], Stac.search_known(page["collections"], query, request)
+            known = (request.since or []) + page["collections"]
+            following = Stac.following(page, request)
+            if following:
+                return [], following._replace(since=known, skip=request.skip)
+            return [], Stac.search_known(known, query, request)
         if page.get("type") != "FeatureCollection" or not isinstance(page.get("features"), list):
             raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
         products = [Stac.product(item) for item in page["features"]]
@@ -2604,7 +2628,7 @@ def first_page(query, session, substitute=None):
 
 def turn_page(query, request, session, retry=None):
     """Return the products of a page and the next request."""
-    log.debug("request: %s", request.url)
+    session.note(request)
     page = session.read_json(request, retry)
     try:
         products, following = ADAPTERS[query.api].parse(page, query, request)
@@ -2744,6 +2768,7 @@ def write_geojson(products, path, dmode=None):
 
 POLL = 0.5                      # seconds between looks at a file that another process fetches
 ABANDONED = 120                 # seconds without a write after which a part counts as left behind
+HEAD = 512                      # first bytes of a body by which it is judged
 SAME_BODY = 3                   # so many equal wrong bodies are not chance: no further try
 
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
@@ -2799,12 +2824,11 @@ class Part:
     Its name holds host, process and a number, so that no one else writes to it.
     """
 
-    numbers = itertools.count()
     alive: set = set()          # the parts that this process is at, by path
 
     def __init__(self, target):
         self.target = target
-        self.path = "%s.%s-%d.part" % (target, owner_name(), next(Part.numbers))
+        self.path = part_name(target)
         self.file, self.etag, self.seen = None, None, {}
         self.reset()
         Part.alive.add(self.path)
@@ -2812,15 +2836,16 @@ class Part:
     def reset(self):
         """Begin again with an empty file."""
         self.close()
+        discard(self.path)
         with file_errors(self.path):
-            self.file = open(self.path, "wb")
+            self.file = open(self.path, "xb")
         self.count, self.md5, self.etag, self.head = 0, new_md5(), None, b""
 
     def write(self, data):
         with file_errors(self.path):
             self.file.write(data)
-        if len(self.head) < 64:
-            self.head += data[:64]
+        if len(self.head) < HEAD:
+            self.head += data[:HEAD]
         self.count += len(data)
         if self.md5:
             self.md5.update(data)
@@ -2855,12 +2880,14 @@ class Part:
         The rename gives it to one taker only.  The bytes are copied, not appended to: a writer
         that was only asleep then wakes up to a file that is no one's.
         """
-        mine = self.path + ".taken"
-        with contextlib.suppress(OSError):          # another process was faster
-            os.replace(left, mine)
-            with open(mine, "rb") as source:
-                self.write_all(source)
-            os.unlink(mine)
+        mine = part_name(self.target)
+        try:
+            with contextlib.suppress(OSError):      # another process was faster
+                os.replace(left, mine)
+                with open(mine, "rb") as source:
+                    self.write_all(source)
+        finally:
+            discard(mine)
 
 
 def parts_beside(target):
@@ -2944,14 +2971,14 @@ def receive(session, task, part, on_bytes):
     again, and a page of words never touches the bytes that are there.
     """
     headers = range_headers(task, part)
-    with session.slots:
+    with session.slots as limit:
         try:
             with session.open(task.href, headers) as response:
                 body = chunks(response, task.href, session.timeout, session.clock)
                 store(response, body, task, part, on_bytes, session)
         except HttpError as error:
             if error.status == 429:
-                session.slots.shrink()
+                session.slots.shrink(limit)
             if error.status != 416 or "Range" not in headers:
                 raise
             part.reset()
@@ -2975,7 +3002,7 @@ def store(response, body, task, part, on_bytes, session):
     first = b""
     for data in body:           # a slow line brings a few bytes at a time
         first += data
-        if len(first) >= 512:
+        if len(first) >= HEAD:
             break
     etag = response.headers.get("ETag", "")
     if response.status == 206:
@@ -2986,7 +3013,7 @@ def store(response, body, task, part, on_bytes, session):
             raise CheckError("%s: the service sent another range, or of another file, than asked; "
                              "beginning again" % os.path.basename(task.path))
     else:
-        wrong = is_page(first[:1024], task.path)
+        wrong = is_page(first[:HEAD], task.path)
         if wrong:
             raise CheckError("%s: the service sent %s%s" % (
                 os.path.basename(task.path), wrong,
@@ -3004,17 +3031,17 @@ def check(task, part):
     """Return how the bytes of a part were checked; raise CheckError where they are wrong.
 
     The part is empty again then.  A zip where .nc was asked for is unpacked first if it is not
-    what the catalogue describes.  The size and MD5 of a directory product are those of its files,
-    not of the zip that comes: there the checksums in the zip are tested.
+    what the catalogue describes.  A zip of which nothing is known, such as that of a directory
+    product, is tested by the checksums in it.
     """
     name = os.path.basename(task.path)
     if part.head.startswith(b"PK\x03\x04"):
         part.flush()
-        if is_directory_product(re.sub(r"\.zip$", "", name)):
-            return check_zip(part, name)
         if name.endswith(".nc") and not matches(task, part):
             unpack(part, name)
-    wrong = mismatch(task, part)
+        elif not task.size and not task.md5:
+            return check_zip(part, name)
+    wrong = is_page(part.head[:HEAD], name) or mismatch(task, part)
     if wrong:
         body = (part.count, part.digest())
         part.seen[body] = part.seen.get(body, 0) + 1
@@ -3054,7 +3081,7 @@ def check_zip(part, name):
 
 def unpack(part, name):
     """Replace a zip in the part by the single .nc file it holds; names in it are never paths."""
-    whole = part.path + ".zip"
+    whole = part_name(part.target)
     part.close()
     try:
         with file_errors(part.path):
@@ -3107,18 +3134,22 @@ def complete(task, part, session, retry, on_bytes):
     came = []
 
     def attempt():
+        if not os.path.exists(part.path):       # taken over while this process waited
+            if is_present(task):
+                return "present"
+            part.reset()
         if not task.size or part.count != task.size:
             receive(session, task, part, lambda count: (came.append(count), on_bytes(count)))
-        return check(task, part)
-
-    try:
-        state = session.retrying(os.path.basename(task.path), attempt, retry)
+        state = check(task, part)
         part.close()
         with file_errors(task.path):
             os.replace(part.path, task.path)
+        return state
+
+    try:
+        return session.retrying(os.path.basename(task.path), attempt, retry), sum(came)
     finally:
         part.leave()
-    return state, sum(came)
 
 
 def is_present(task):
@@ -3126,11 +3157,7 @@ def is_present(task):
     if not os.path.isfile(task.path):
         return False
     size = os.path.getsize(task.path)
-    return size == task.size if expected_size(task) else size > 0
-
-
-def expected_size(task):
-    return 0 if is_directory_product(re.sub(r"\.zip$", "", task.path)) else task.size
+    return size == task.size if task.size else size > 0
 
 
 def described(task, session, retry=None):
@@ -3154,6 +3181,8 @@ def described(task, session, retry=None):
     if by_name:
         task = task._replace(href="https://download.%s/odata/v1/Products(%s)/$value"
                              % (DOMAIN, product.product_id))
+    if is_directory_product(product.filename):      # told is of its files, not of the zip to come
+        return task
     return task._replace(size=task.size or product.size, md5=task.md5 or product.md5)
 
 
@@ -3192,7 +3221,7 @@ def check_space(tasks):
 
 def existing_directory(path):
     path = os.path.abspath(path)
-    while not os.path.isdir(path):
+    while not os.path.isdir(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     return path
 
@@ -3334,9 +3363,12 @@ def query_of(options):
     start, end = (options.get("timerange." + name, "datetime") for name in ("start", "end"))
     if end < start:
         raise options.wrong("timerange.end", "%s is before timerange.start, %s" % (end, start))
+    if not 1900 <= start.year <= end.year <= 9000:
+        raise options.wrong("timerange.start", "expected years from 1900 to 9000")
     url = options.get("url")
-    if not re.match(r"https?://[^/\s]+", url):
-        raise options.wrong("url", "%r is no url; expected https://..." % url)
+    if not re.match(r"https?://[^/\s@]+(/|$)", url):
+        raise options.wrong("url", "%s is no url; expected https://HOST/... and no password in it"
+                            % shown(url))
     api = options.choice("api", ["auto"] + list(ADAPTERS), "auto")
     try:
         api_of(url) if api == "auto" else None
@@ -3429,10 +3461,7 @@ def in_area(products, query, minimum):
     for product in products:
         fraction = None
         if query.box is not None and drawn:
-            geometry = product.geometry
-            if isinstance(geometry, str):
-                geometry = geometry_from_wkt(geometry)
-            overlaps, fraction = box_overlap(geometry, list(query.box))
+            overlaps, fraction = box_overlap(product.geometry, list(query.box))
             if fraction is None:
                 tally.note("of them without a readable footprint")
             elif not overlaps:
@@ -3539,7 +3568,7 @@ def list_rows(options, session):
     if not geometries:
         log.warning("nothing found: %s %s, %s to %s, area %s; see %s", query.collection,
                     query.producttype, query.start, query.end,
-                    ",".join("%g" % edge for edge in query.box or ()) or "globe", query.url)
+                    ",".join("%g" % edge for edge in query.box or ()) or "globe", shown(query.url))
     return newest_first(rows), geometries
 
 
@@ -3591,7 +3620,8 @@ def tasks_of(rows, directory=".", part=None):
             raise TableError("row of %r: %s" % (row.filename[:200], error)) from None
         if path in tasks and tasks[path].href != row.href:
             log.warning("%s: twice in the table; %s is not fetched", name, row.href)
-        tasks.setdefault(path, Task(row.href, path, int(row.size or 0), row.md5))
+        tasks.setdefault(path, Task(row.href, path) if is_directory_product(row.filename) else
+                         Task(row.href, path, int(row.size or 0), row.md5))
     return list(tasks.values())
 
 
@@ -3619,7 +3649,7 @@ def part_of(items, part):
         return items
     match = re.match(r"(\d+)/([1-9]\d*)$", part)
     if not match:
-        raise SettingsError("--part: %r is not I/N; expected numbers such as 3/16" % part)
+        raise SettingsError("%r is not I/N; expected numbers such as 3/16" % part)
     index, count = int(match.group(1)), int(match.group(2))
     return items[index % count::count]
 
@@ -3714,7 +3744,11 @@ class CSO_DataSpace_Downloader:
     """
 
     def __init__(self):
-        self.session = Session()
+        self.__setstate__({"session": Session()})
+
+    def __setstate__(self, state):
+        self.session = state["session"]
+        weakref.finalize(self, self.session.__exit__)       # gives the session back
 
     def CreateToken(self, href, indent=''):
         """Get an access token for the host of a download url now; raise LoginError or HttpError."""
@@ -3728,7 +3762,7 @@ class CSO_DataSpace_Downloader:
         Waits nsec_wait seconds before the second try, longer each time up to nsec_wait_max, at
         most maxtry tries in all.  Makes the directory where it is missing, with mode dmode.
         """
-        outcome = fetch(Task(href, output_file), self.session,
+        outcome = fetch(Task(href, os.fspath(output_file)), self.session,
                         Retry(maxtry, nsec_wait, nsec_wait_max), directory_mode(dmode))
         log.info("%s%s: %s", indent, outcome.filename, outcome.state)
 
@@ -3751,10 +3785,10 @@ class Terminated(BaseException):
 class Screen(logging.Handler):
     """What the user sees on stderr: messages, and on a terminal one line of progress below them."""
 
-    def __init__(self, stream, clock=time.monotonic):
-        super().__init__()
+    def __init__(self, stream, quiet=False, clock=time.monotonic):
+        super().__init__(logging.ERROR if quiet else logging.DEBUG)
         self.stream, self.clock = stream, clock
-        self.terminal = stream.isatty()
+        self.terminal = stream.isatty() and not quiet
         self.drawn, self.drawn_at = "", -math.inf
 
     def emit(self, record):
@@ -3762,24 +3796,19 @@ class Screen(logging.Handler):
         self.write(level + record.getMessage() + "\n")
 
     def write(self, text):
-        """Write a whole line above the line of progress."""
-        try:
-            self.stream.write(self.erasing() + text)
+        """Write a text in the place of the line of progress."""
+        erasing = "\r" + " " * len(self.drawn) + "\r" if self.drawn else ""
+        with contextlib.suppress(OSError, ValueError):      # a terminal that went away
+            self.stream.write(erasing + text)
             self.stream.flush()
-        except (OSError, ValueError):
-            pass                # a terminal that went away must not end the run
         self.drawn = ""
 
-    def erasing(self):
-        return "\r" + " " * len(self.drawn) + "\r" if self.drawn else ""
-
-    def draw(self, text, at_once=False):
+    def draw(self, text):
         """Show the line of progress: cut to the window, at most ten times a second."""
-        if not self.terminal or (self.clock() - self.drawn_at < 0.1 and not at_once):
+        if not self.terminal or self.clock() - self.drawn_at < 0.1:
             return
         text = text[:max(10, self.width() - 1)]
-        self.stream.write(self.erasing() + text)
-        self.stream.flush()
+        self.write(text)
         self.drawn, self.drawn_at = text, self.clock()
 
     def width(self):
@@ -3879,13 +3908,23 @@ def parser():
                          help="a value for ${NAME}")
     fetching.add_argument("sources", metavar="TABLE|HREF", nargs="+")
     fetching.add_argument("--dir", default=".", help="where to; %%Y, %%{processing} etc. filled in")
-    fetching.add_argument("--connections", type=int, default=4, metavar="N", help="at once, 1 to 4")
+    fetching.add_argument("--connections", type=int, default=4, choices=range(1, 21), metavar="N",
+                          help="transfers at once; 4 are allowed, 20 to some accounts")
     for sub in (run, fetching):
-        sub.add_argument("--part", metavar="I/N", help="every N-th file only, for job arrays")
+        sub.add_argument("--part", metavar="I/N", type=share,
+                         help="every N-th file only, for job arrays")
         sub.add_argument("--report", metavar="FILE", help="write a csv line for each file")
     for sub in (run, listing, fetching):
         sub.add_argument("--dry-run", action="store_true", help="show what would be done")
     return top
+
+
+def share(text):
+    try:
+        part_of([], text)
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def pair(text):
@@ -3914,10 +3953,12 @@ def options_of(args):
 def command_run(args, screen):
     options = options_of(args)
     target = options.get("download.dir")
+    fill_in(target, Row._make(["x"] * len(Row._fields))._replace(start_time="2018-07-01 00:00:00"))
     dmode = directory_mode(options.get("dmode", default=None))
     with session_of(options) as session:
         if args.dry_run:
-            return show_plan(tasks_of(dry_rows(options, session), target, args.part))
+            session.note = say_request
+            return show_plan(tasks_of(list_rows(options, session)[0], target, args.part))
         rows = inquire(options.settings, options.rcbase, session)
         return fetch_all(tasks_of(rows, target, args.part), session, args.report, screen, dmode)
 
@@ -3926,22 +3967,18 @@ def command_inquire(args, screen):
     options = options_of(args)
     with session_of(options) as session:
         if args.dry_run:
-            return show_plan(tasks_of(dry_rows(options, session)))
+            session.note = say_request
+            return show_plan(tasks_of(list_rows(options, session)[0]))
         inquire(options.settings, options.rcbase, session)
     return 0
 
 
-def dry_rows(options, session):
-    query = query_of(options)
-    api = query.api if query.api != "auto" else api_of(query.url)
-    say("request: %s" % urllib.parse.unquote(
-        ADAPTERS[api].first(query._replace(url=query.url.rstrip("/"))).url))
-    return list_rows(options, session)[0]
+def say_request(request):
+    say("request: %s%s" % (urllib.parse.unquote(request.url),
+                           " " + json.dumps(request.body) if request.body else ""))
 
 
 def command_download(args, screen):
-    if not 1 <= args.connections <= 20:
-        raise SettingsError("--connections: 1 to 4 expected (20 for accounts that have them)")
     with Session(connections=args.connections) as session:
         rows = [row for source in args.sources for row in rows_of(source, session)]
         tasks = tasks_of(rows, args.dir, args.part)
@@ -3975,6 +4012,8 @@ def show_plan(tasks):
 def fetch_all(tasks, session, report, screen, dmode=None):
     """Download the tasks, show and report how each ended; return the exit status."""
     progress, ended = Progress(tasks, screen), []
+    if report:
+        write_report([], tasks, report)         # fails now, not after a night of downloads
     sizes = {os.path.basename(task.path): task.size for task in tasks}
     try:
         for outcome in download(tasks, session, dmode, progress.add, progress.draw):
@@ -4017,7 +4056,7 @@ def command_check(args, screen):
     options = options_of(args) if args.rcfile else None
     session = session_of(options) if options else Session()
     session.retry = Retry(1)
-    url = options.get("url") if options else CATALOGUE_URL + "/odata/v1"
+    url = query_of(options).url if options else CATALOGUE_URL + "/odata/v1"
     folder = options.get("download.dir", default=".") if options else "."
     failed = 0
     with session:
@@ -4110,8 +4149,7 @@ def main(argv=None):
         args = parser().parse_args(argv)
     except SystemExit as error:         # argparse has said why
         return error.code or 0
-    screen = Screen(sys.stderr)
-    screen.setLevel(logging.ERROR if args.quiet else logging.DEBUG)
+    screen = Screen(sys.stderr, args.quiet)
     level, propagate = log.level, log.propagate
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     log.addHandler(screen)
