@@ -69,7 +69,7 @@ import zipfile
 import zlib
 from itertools import chain, groupby
 from math import asin, atan, atan2, ceil, cos, degrees, floor, isfinite, radians, sin, sqrt, tan
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple
 
 __version__ = "1.0"
 
@@ -951,25 +951,11 @@ PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring 
     "MultiLineString": lambda coordinates: [coordinates],
 }
 
-Walk = List[Tuple[float, float, float, float]]
+# Longitudes and latitudes as written, and their ranges.
+Ring = collections.namedtuple("Ring", "lons lats west south east north")
 
-
-class Ring(NamedTuple):
-    """Longitudes and latitudes as written, and their ranges."""
-    lons: Tuple[float, ...]
-    lats: Tuple[float, ...]
-    west: float
-    south: float
-    east: float
-    north: float
-
-
-class Footprint(NamedTuple):
-    """Walks, by part, with their inside to the left: a place is covered `base` + count times."""
-    walks: List[List[Walk]]
-    base: int
-    share: float
-    rest: bool  # covered is the rest of what the catalogue drew
+# Walks, by part, with their inside to the left; `rest`: covered is the rest of what was drawn.
+Footprint = collections.namedtuple("Footprint", "walks base share rest")
 
 
 def box_overlap(geometry, box):
@@ -986,17 +972,16 @@ def box_overlap(geometry, box):
         parts = read_parts(geometry)
         if far_apart(parts, west, south, east, north):
             return False, 0.0
-        box = west, sine(south), east, sine(north)
+        box = west, sin(radians(south)), east, sin(radians(north))
         if is_line(geometry):
-            return touches(edges_over(walks_of(chain(*parts)), west, east), box), 0.0
-        return overlap(footprint_of(parts), box)
+            return touches(edges_over(map(walk_of, chain(*parts)), west, east), box), 0.0
+        return overlap(footprint_of(parts), *box)
     except UNREADABLE:
         return True, None
 
 
-def overlap(footprint, box):
-    west, south, east, north = box
-    edges = edges_over(chain(*footprint.walks), west, east)
+def overlap(footprint, west, south, east, north):
+    edges, box = edges_over(chain(*footprint.walks), west, east), (west, south, east, north)
     if touches(outline(edges) if footprint.rest else edges, box):
         size = (east - west) * (north - south)
         covered = footprint.base + shade(edges, box) / size if size else 1.0
@@ -1005,18 +990,6 @@ def overlap(footprint, box):
         if not covered:
             return False, 0.0
     return True, min(1.0, abs(covered))  # rings that cross themselves count below 0 and above 1
-
-
-def covered_share(geometry):
-    """Return the share of the sphere that a footprint covers, 0.0 to 1.0; None where unknown."""
-    try:
-        parts = read_parts(geometry)
-        if is_line(geometry):
-            return 0.0
-        footprint = footprint_of(parts)
-    except UNREADABLE:
-        return None
-    return min(1.0, footprint.base + area(bent(chain.from_iterable(chain(*footprint.walks)))))
 
 
 # Reading: numbers as they are written.
@@ -1073,10 +1046,6 @@ def meets(low, high, west, east):
 
 # Walking: unwrap, then bend.
 
-def walks_of(part):
-    return [walk_of(ring) for ring in part]
-
-
 def walk_of(ring):
     """A ring on the map, bent roughly: which side is the smaller one depends on no more.
 
@@ -1095,20 +1064,11 @@ def unwrapped(ring):
     turns, xs = 0, [ring.lons[0]]
     for lon0, lon1, lat0, lat1 in zip(ring.lons, ring.lons[1:], ring.lats, ring.lats[1:]):
         step = lon1 - lon0
-        if abs(step) > 180 and not on_purpose(step, lat0, lat1):
+        drawn = abs(abs(step) - 360) < SAME and abs(lat1 - lat0) < SAME  # round the globe, a band
+        if abs(step) > 180 and not drawn:
             turns -= floor((step + 180) / 360)
         xs.append(lon1 + 360 * turns)  # not a sum of steps, to keep the digits that are written
     return xs
-
-
-def on_purpose(step, lat0, lat1):
-    """Is a step drawn round the globe, as the edges of bands and of cut polygons are?"""
-    return abs(abs(step) - 360) < SAME and abs(lat1 - lat0) < SAME
-
-
-def bent(edges):
-    """The edges, where they bulge as shorter ones along their great circles."""
-    return list(chain.from_iterable(great_circle(*edge) for edge in edges))
 
 
 def great_circle(x0, z0, x1, z1, bulge=BULGE):
@@ -1136,10 +1096,6 @@ def great_circle(x0, z0, x1, z1, bulge=BULGE):
 
 def edges_of(line):
     return [start + end for start, end in zip(line, line[1:])]
-
-
-def sine(lat):
-    return sin(radians(lat))
 
 
 # Inside: every walk gets it on its left.
@@ -1257,21 +1213,20 @@ def count_south(edges, x, z):
 def shade(edges, box):
     """Signed area of the box that edges shade, over all its copies."""
     west, south, east, north = box
-    return sum(shade_of_edge(x0, z0, x1, z1, west + 360 * turns, south, east + 360 * turns, north)
-               for x0, z0, x1, z1 in edges if x0 != x1 and (z0 < north or z1 < north)
-               for turns in turns_between(min(x0, x1) - east, max(x0, x1) - west))
+    total = 0.0
+    for x0, z0, x1, z1 in edges:
+        if x0 != x1 and (z0 < north or z1 < north):
+            slope = (z1 - z0) / (x1 - x0)
+            for turns in turns_between(min(x0, x1) - east, max(x0, x1) - west):
+                start, end = (clamp(x, west + 360 * turns, east + 360 * turns) for x in (x0, x1))
+                total += (end - start) * (north - mean_clamped(
+                    z0 + (start - x0) * slope, z0 + (end - x0) * slope, south, north))
+    return total
 
 
 def turns_between(low, high):
     """The whole numbers of turns above low and below high."""
     return range(floor(low / 360) + 1, ceil(high / 360))
-
-
-def shade_of_edge(x0, z0, x1, z1, west, south, east, north):
-    start, end = clamp(x0, west, east), clamp(x1, west, east)
-    slope = (z1 - z0) / (x1 - x0)
-    top = mean_clamped(z0 + (start - x0) * slope, z0 + (end - x0) * slope, south, north)
-    return (end - start) * (north - top)
 
 
 def mean_clamped(a, b, low, high):
@@ -1299,14 +1254,13 @@ def split_geometry(geometry):
     try:
         parts = read_parts(geometry)
         if is_line(geometry):
-            return as_geojson("LineString", [places(line) for line in cut(walks_of(chain(*parts)))])
-        return as_geojson("Polygon", [list(map(places, polygon))
-                                      for polygon in polygons_of(footprint_of(parts))])
+            lines = cut(map(walk_of, chain(*parts)))
+            kind, members = "LineString", list(map(places, lines))
+        else:
+            kind, members = "Polygon", [list(map(places, polygon))
+                                        for polygon in polygons_of(footprint_of(parts))]
     except UNREADABLE:
         return None
-
-
-def as_geojson(kind, members):
     if len(members) == 1:
         return {"type": kind, "coordinates": members[0]}
     return {"type": "Multi" + kind, "coordinates": members} if members else None
@@ -1320,43 +1274,43 @@ def places(line):
 
 def polygons_of(footprint):
     """Polygons on the map, each an exterior and its holes as lines of (x, z)."""
-    if footprint.rest:
-        return polygons_from(list(chain(*footprint.walks)), around=[[FRAME]])
-    return [polygon for walks in footprint.walks for polygon in polygons_from(walks, around=[])]
-
-
-def polygons_from(walks, around):
-    """The polygons of walks; `around` is added if none of them meets the frame."""
-    pieces = cut(walks)
-    whole = [piece for piece in pieces if piece[0] == piece[-1]]
-    joined = joined_round_frame([piece for piece in pieces if piece[0] != piece[-1]])
-    polygons = [[ring] for ring in whole + joined if area(edges_of(ring)) > NOTHING]
-    polygons += around if not joined else []
-    for hole in whole:
-        if area(edges_of(hole)) < -NOTHING:
-            homes = (home for home in polygons if count_south(edges_of(home[0]), *hole[0]))
-            next(homes, []).append(hole)
-    return polygons
+    found = []
+    for walks in [list(chain(*footprint.walks))] if footprint.rest else footprint.walks:
+        pieces = cut(walks)
+        whole = [piece for piece in pieces if piece[0] == piece[-1]]
+        joined = joined_round_frame([piece for piece in pieces if piece[0] != piece[-1]])
+        polygons = [[ring] for ring in whole + joined if area(edges_of(ring)) > NOTHING]
+        polygons += [] if joined or not footprint.rest else [[FRAME]]
+        for hole in whole:
+            if area(edges_of(hole)) < -NOTHING:
+                homes = (home for home in polygons if count_south(edges_of(home[0]), *hole[0]))
+                next(homes, []).append(hole)
+        found += polygons
+    return found
 
 
 def cut(walks):
-    """The lines of walks, bent, cut at the meridian 180 and moved to -180..180."""
-    return list(chain.from_iterable(map(pieces_of, walks)))
+    """The lines of walks, bent, cut at the meridian 180 and moved to -180..180.
 
-
-def pieces_of(walk):
-    """The pieces of one walk, without what runs along 180: the frame puts that back."""
-    pieces, last_turns = [], None
-    for x0, z0, x1, z1 in chain.from_iterable(cut_at_180(*edge) for edge in bent(walk)):
-        turns = None if along_180(x0, x1) else floor(((x0 + x1) / 2 + 180) / 360)
-        if turns is not None:
-            if turns != last_turns:
-                pieces.append([(x0 - 360 * turns, z0)])
-            pieces[-1].append((x1 - 360 * turns, z1))
-        last_turns = turns
-    if len(pieces) > 1 and same_place(pieces[-1][-1], pieces[0][0]):
-        pieces[0] = pieces.pop() + pieces[0][1:]  # cut only where the ring happens to begin
-    return pieces
+    What runs along 180 is left out: the frame puts that back.
+    """
+    lines = []
+    for walk in walks:
+        pieces, last_turns = [], None
+        bent = chain.from_iterable(great_circle(*edge) for edge in walk)
+        for x0, z0, x1, z1 in chain.from_iterable(cut_at_180(*edge) for edge in bent):
+            turns = None if along_180(x0, x1) else floor(((x0 + x1) / 2 + 180) / 360)
+            if turns is not None:
+                if turns != last_turns:
+                    pieces.append([(x0 - 360 * turns, z0)])
+                pieces[-1].append((x1 - 360 * turns, z1))
+            last_turns = turns
+        if len(pieces) > 1:
+            (x0, z0), (x1, z1) = pieces[-1][-1], pieces[0][0]
+            if abs(x0 - x1) < SLACK and z0 == z1:  # cut only where the ring happens to begin
+                pieces[0] = pieces.pop() + pieces[0][1:]
+        lines += pieces
+    return lines
 
 
 def cut_at_180(x0, z0, x1, z1):
@@ -1364,10 +1318,6 @@ def cut_at_180(x0, z0, x1, z1):
     crossings = [180 + 360 * turns for turns in turns_between(min(x0, x1) - 180, max(x0, x1) - 180)]
     return edges_of([(x0, z0)] + [(x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)) for x in crossings] +
                     [(x1, z1)])
-
-
-def same_place(start, end):
-    return abs(start[0] - end[0]) < SLACK and start[1] == end[1]
 
 
 def joined_round_frame(pieces):
@@ -1400,13 +1350,7 @@ def way_round(place):
 # Text: the Footprint of OData.
 
 WKT = re.compile(r"\s*(?:geography')?(?:SRID=\d+;)?\s*([A-Z]+)[\sZM]*(\(.*\))'?\s*", re.I | re.S)
-WKT_TYPES = {  # name: its type in GeoJSON, and how deep it nests its places
-    "POINT": ("Point", 1),
-    "LINESTRING": ("LineString", 1),
-    "POLYGON": ("Polygon", 2),
-    "MULTILINESTRING": ("MultiLineString", 2),
-    "MULTIPOLYGON": ("MultiPolygon", 3),
-}
+WKT_TYPES = {kind.upper(): kind for kind in PARTS}
 
 
 def geometry_from_wkt(text):
@@ -1415,18 +1359,16 @@ def geometry_from_wkt(text):
     The wrapper may be missing. Places keep two values. None for any other text, or no text.
     """
     match = WKT.fullmatch(text) if isinstance(text, str) else None
-    kind, depth = WKT_TYPES.get(match.group(1).upper(), (None, 0)) if match else (None, 0)
-    if not kind:
+    if not match or match.group(1).upper() not in WKT_TYPES:
         return None
     nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", match.group(2))
-    nested = re.sub(r"\s", "", nested).replace("(", "[").replace(")", "]")
-    if not re.match(r"\[{%d}[^\[]" % (depth + 1), nested):
-        return None
     try:
-        coordinates = json.loads(nested)
-    except ValueError:
+        coordinates = json.loads(nested.replace("(", "[").replace(")", "]"))
+        geometry = {"type": WKT_TYPES[match.group(1).upper()], "coordinates": coordinates}
+        read_parts(geometry)
+    except UNREADABLE:
         return None
-    return {"type": kind, "coordinates": coordinates[0] if kind == "Point" else coordinates}
+    return geometry
 
 
 ################ HTTP ################
