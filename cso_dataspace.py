@@ -66,7 +66,6 @@ import urllib.parse
 import urllib.request
 import weakref
 import zipfile
-import zlib
 from itertools import chain, groupby
 from math import asin, atan, atan2, ceil, cos, degrees, floor, isfinite, radians, sin, sqrt, tan
 from typing import NamedTuple
@@ -737,13 +736,6 @@ def candidates(rcbase, name):
     return [full] + ["*." + ".".join(parts[index:]) for index in range(len(parts))]
 
 
-def rcbases(settings):
-    """Return the bases under which the file holds an inquiry, sorted."""
-    ending = ".timerange.start"
-    return sorted(key[:-len(ending)] for key in settings.keys()
-                  if key.endswith(ending) and not key.startswith("*"))
-
-
 ################ Names, times, boxes ################
 
 # Columns of a Sentinel-5P file name (Sentinel-5P PRF file naming convention): fixed widths, so
@@ -1378,6 +1370,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 6
 CHUNK = 1 << 18                 # bytes per read: large enough for full speed, small for memory
 CRAWL = 1000                    # bytes per second; slower for a whole timeout counts as a stall
+LARGEST_PAGE = 1 << 28          # bytes of a catalogue's answer
 LONGEST_RETRY_AFTER = 7200      # seconds; a service that asks for more gets no further try
 
 # Where Linux, BSD and macOS keep certificate authorities, for a Python built without a path.
@@ -1414,7 +1407,8 @@ class Retry(NamedTuple):
 
 
 def is_loopback(host):
-    return host in ("localhost", "::1") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
+    return host in ("localhost", "::1") or bool(
+        re.match(r"127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}\Z", host))
 
 
 def split_url(url):
@@ -1431,10 +1425,12 @@ def host_of(url):
 
 def may_see_token(url, trusted=()):
     """Return whether the access token may be sent to this url: the third promise, in one place."""
-    host = host_of(url)
+    host, parts = host_of(url), split_url(url)
+    if not re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]*)?\Z", parts.netloc):
+        return False            # urls that are read in more than one way
     if is_loopback(host):
-        return True
-    return split_url(url).scheme == "https" and (
+        return parts.scheme in ("http", "https")
+    return parts.scheme == "https" and (
         host == DOMAIN or host.endswith("." + DOMAIN) or host in trusted)
 
 
@@ -1448,10 +1444,10 @@ def shown(url):
 
 def service_message(body):
     """Return what an error body says, in one line, from any of the forms that the services use."""
-    text = body.decode("utf-8", "replace")
+    text = body[:4096].decode("utf-8", "replace")
     try:
         said = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         said = re.sub(r"(?s)<(script|style|head).*?</\1>|<[^>]*>", " ", text)
     return " ".join(words_of(said).split())[:300]
 
@@ -1472,7 +1468,7 @@ def words_of(said):
 def retry_after(headers, now=time.time):
     """Return the seconds that a Retry-After header asks for, in either form, or None."""
     text = (headers.get("Retry-After") or "").strip()
-    if text.isdigit():
+    if re.match(r"[0-9]{1,15}\Z", text):
         return int(text)
     try:
         when = email.utils.parsedate_tz(text)
@@ -1567,8 +1563,8 @@ class Http:
         try:
             request = urllib.request.Request(url, data, headers)
             return self.opener.open(request, timeout=self.timeout)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise connection_error(url, error) from error
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
+            raise connection_error(url, error) from None    # its text may hold a password
 
     def open(self, url, headers={}, data=None, token=None):
         """Return the open response of status 200 or 206; the caller closes it.
@@ -1628,11 +1624,12 @@ def proxy_of(url):
 
 def status_error(url, response):
     """Return the HttpError for an answer with a failure status, and close it."""
-    with response:
-        try:
-            body = response.read(65536)
-        except (OSError, http.client.HTTPException):
-            body = b""
+    body = b""
+    with response, contextlib.suppress(HttpError):      # a part of what it says will do
+        for data in chunks(response, url, 5):
+            body += data
+            if len(body) > 4096:
+                break
     status = response.status
     if status in REDIRECTS:
         said = "redirected to " + shown(response.headers.get("Location") or "nowhere")
@@ -1650,14 +1647,15 @@ def body_length(response):
     """Return the bytes that the body must have, None where the service does not say."""
     length = response.headers.get("Content-Length", "")
     chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-    return int(length) if length.isdigit() and not chunked else None
+    return int(length) if re.match(r"[0-9]{1,18}\Z", length) and not chunked else None
 
 
-def chunks(response, url, timeout, clock=time.monotonic):
+def chunks(response, url, timeout, clock=time.monotonic, most=math.inf):
     """Yield the body as it comes.
 
     Raises a temporary HttpError when the connection stalls, crawls, breaks or ends early: read()
-    with a size ends early without an error, so the bytes are counted here.
+    with a size ends early without an error, so the bytes are counted here.  More than `most` bytes
+    are an error as well.
     """
     expected, count = body_length(response), 0
     began, mark = clock(), 0
@@ -1670,6 +1668,8 @@ def chunks(response, url, timeout, clock=time.monotonic):
         if not data:
             break
         count += len(data)
+        if count > most:
+            raise HttpError("%s: more than %d bytes came" % (shown(url), most), url, 0, True)
         yield data
         if clock() - began > timeout:
             if count - mark < CRAWL * timeout:
@@ -1703,6 +1703,7 @@ def retrying(what, action, retry, sleep):
 
 TOKEN_URL = "https://identity.%s/auth/realms/CDSE/protocol/openid-connect/token" % DOMAIN
 NETRC_HOSTS = tuple(name + DOMAIN for name in ("zipper.", "download.", "identity.", ""))
+LOOKS = 1000                    # at a claim, in 200 s; then this process logs in as well
 CLAIM_AGE = 60                  # seconds after which another process's login counts as dead
 
 
@@ -1799,11 +1800,16 @@ def parse_grant(body, began):
     try:
         answer = json.loads(body.decode("utf-8"))
         access, seconds = answer["access_token"], float(answer.get("expires_in", 600))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise HttpError("token service: the answer holds no token", temporary=True) from None
-    if not isinstance(access, str) or not re.match(r"[\x21-\x7e]+$", access):
+    if not is_token(access) or not seconds > 0:
         raise HttpError("token service: the answer holds no usable token", temporary=True)
-    return Grant(access, answer.get("refresh_token") or "", began + seconds, seconds)
+    refresh = answer.get("refresh_token")
+    return Grant(access, refresh if is_token(refresh) else "", began + seconds, seconds)
+
+
+def is_token(text):
+    return isinstance(text, str) and re.match(r"[\x21-\x7e]+\Z", text) is not None
 
 
 class TokenCache:
@@ -1824,12 +1830,14 @@ class TokenCache:
             with open(self.path, encoding="utf-8") as text:
                 kept = json.load(text)
             left = kept["expires"] - self.now()
-            if kept["account"] != self.account or left > kept["seconds"] + 1:
+            if (kept["account"] != self.account or left > kept["seconds"] + 1
+                    or not is_token(kept["access"]) or not isinstance(kept["refresh"], str)):
                 return None
             return Grant(kept["access"], kept["refresh"], clock() + left, kept["seconds"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, OverflowError,
+                RecursionError) as error:
             log.warning("%s: no usable token in it (%s)", self.path, type(error).__name__)
             return None
 
@@ -1842,7 +1850,7 @@ class TokenCache:
     def may_login(self):
         """Return whether this process should ask for a token now, and no other one is at it."""
         with contextlib.suppress(OSError):
-            if self.now() - os.stat(self.claim).st_mtime > CLAIM_AGE:
+            if abs(self.now() - os.stat(self.claim).st_mtime) > CLAIM_AGE:
                 os.unlink(self.claim)
         try:
             with file_errors(self.claim):
@@ -1919,10 +1927,11 @@ class Token:
             self.grant = self.ask()
             return
         stale = self.grant.access if self.grant else None
-        grant = self.shared(stale)
-        while grant is None and not self.cache.may_login():
-            self.sleep(0.2)
+        for _ in range(LOOKS):          # while another process logs in
             grant = self.shared(stale)
+            if grant is not None or self.cache.may_login():
+                break
+            self.sleep(0.2)
         if grant is None:
             try:
                 # whoever held the claim before may have brought one just now
@@ -2058,7 +2067,8 @@ class Session:
         """Return the decoded JSON object of a catalogue's answer; anything else is temporary."""
         def read():
             with self.http.open(request.url, headers, data) as response:
-                body = b"".join(chunks(response, request.url, self.timeout, self.clock))
+                body = b"".join(chunks(response, request.url, self.timeout, self.clock,
+                                       LARGEST_PAGE))
             return decode_json(body, request.url)
         headers, data = {"Accept": "application/json"}, None
         if request.body is not None:
@@ -2068,11 +2078,12 @@ class Session:
 
     def post(self, url, fields):
         """Return the body of the answer to a form, sent once: who needs the token tries again."""
-        return self.read(url, {}, urllib.parse.urlencode(fields).encode("ascii"), Retry(1))
+        return self.read(url, {}, urllib.parse.urlencode(
+            fields, errors="surrogateescape").encode("ascii"), Retry(1))
 
     def open(self, url, headers={}):
         """Return the open response for a url that may need the token, renewed once on a 401."""
-        if not may_see_token(url, self.trusted):
+        if not may_see_token(url, self.http.trusted):
             return self.http.open(url, headers)
         token = self.token.get(host_of(url))
         try:
@@ -2092,7 +2103,7 @@ def decode_json(body, url):
         page = json.loads(body.decode("utf-8-sig"))
         if isinstance(page, dict):
             return page
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise HttpError("%s: no JSON object, but %d bytes that begin with %r" % (
         shown(url), len(body), body[:40].decode("utf-8", "replace")), url, 200, True)
@@ -2133,6 +2144,7 @@ class Slots:
 
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
 PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
+COLLECTIONS = "/collections?limit=1000"
 SKIP_MAX = 10000                # both walked services refuse more
 SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplified and bent
 SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
@@ -2241,12 +2253,16 @@ def next_in_walk(products, announced, query, request, page_size):
     return last, skip
 
 
-class OData:
-    """https://catalogue.dataspace.copernicus.eu/odata/v1"""
+class Walked:
+    """An adapter whose list is walked by start time, from before the first that may overlap."""
 
-    @staticmethod
-    def first(query):
-        return OData.request(query, query.start - longest_product(query), 0)
+    @classmethod
+    def first(cls, query):
+        return cls.request(query, query.start - longest_product(query), 0)
+
+
+class OData(Walked):
+    """https://catalogue.dataspace.copernicus.eu/odata/v1"""
 
     @staticmethod
     def request(query, since, skip):
@@ -2308,12 +2324,8 @@ class OData:
             value.get("GeoFootprint") or geometry_from_wkt(value.get("Footprint")))
 
 
-class OpenSearch:
+class OpenSearch(Walked):
     """https://catalogue.dataspace.copernicus.eu/resto/api, switched off on 2 March 2026"""
-
-    @staticmethod
-    def first(query):
-        return OpenSearch.request(query, query.start - longest_product(query), 0)
 
     @staticmethod
     def request(query, since, skip):
@@ -2373,7 +2385,7 @@ class Stac:
     @staticmethod
     def first(query):
         names = Stac.names(query)
-        return Stac.search(query, names) if names else Stac.collections(query)
+        return Stac.search(query, names) if names else Request(query.url + COLLECTIONS)
 
     @staticmethod
     def names(query):
@@ -2385,10 +2397,6 @@ class Stac:
         level, _, kind = query.producttype.partition("_")
         name = "sentinel-5p-%s-%s" % (level[:2].lower(), re.sub("_+", "-", kind.strip("_")).lower())
         return ["%s-%s" % (name, stream) for stream in Stac.STREAMS]
-
-    @staticmethod
-    def collections(query):
-        return Request(query.url + "/collections?limit=1000")
 
     @staticmethod
     def search(query, names):
@@ -2423,7 +2431,7 @@ class Stac:
         products = [Stac.product(item) for item in page["features"]]
         following = Stac.following(page, request)
         if not products and not following and request.skip == 0:
-            following = Stac.collections(query)._replace(skip=1)
+            following = Request(query.url + COLLECTIONS, skip=1)
         elif following:
             following = following._replace(skip=request.skip + 1)
         return products, following
@@ -2497,7 +2505,7 @@ def orbit_text(number):
 
 
 def known_size(number):
-    return number if isinstance(number, int) and number > 0 else 0
+    return number if type(number) is int and 0 < number < 1 << 63 else 0
 
 
 def md5_text(text):
@@ -2539,7 +2547,10 @@ def search(query, session):
         request, page = first_page(query, session, substitute)
     except (HttpError, CatalogueError) as error:
         if not substitute:
-            raise explained(error, query) from error
+            raise error if query.api != "opensearch" else CatalogueError(
+                "%s; an OpenSearch service (resto) was expected at the setting url, that of the "
+                "Data Space was retired in March 2026: set url to %s/odata/v1, or api to auto"
+                % (error, CATALOGUE_URL)) from error
         log.warning("%s; the OpenSearch service was retired in March 2026, so OData is asked "
                     "instead (set url to %s to be spared this message)", error, substitute)
         query = query._replace(api="odata", url=substitute)
@@ -2576,8 +2587,11 @@ def turn_page(query, request, session, retry=None):
         products, following = ADAPTERS[query.api].parse(page, query, request)
         for product in products:
             safe_name(product.filename)
+            "".join((product.product_id, product.producttype, product.orbit, product.processing,
+                     product.published)).encode("utf-8")        # texts, and such as can be written
         return products, following
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError,
+            RecursionError) as error:
         raise CatalogueError("%s: a product that can't be read (%s: %s)" % (
             shown(request.url), type(error).__name__, error)) from error
 
@@ -2585,15 +2599,6 @@ def turn_page(query, request, session, retry=None):
 def fallback(url):
     """Return the OData base beside a retired OpenSearch base of the Data Space, else None."""
     return "%s://%s/odata/v1" % split_url(url)[:2] if host_of(url).endswith("." + DOMAIN) else None
-
-
-def explained(error, query):
-    """Return the error with what a user can change, where the text does not say."""
-    if query.api == "opensearch":
-        return CatalogueError("%s; an OpenSearch service (resto) was expected at the setting url, "
-                              "that of the Data Space was retired in March 2026: set url to "
-                              "%s/odata/v1, or api to auto" % (error, CATALOGUE_URL))
-    return error
 
 
 ################ Table ################
@@ -2658,30 +2663,24 @@ def read_table(path):
 
     Raises TableError with the line of the first row that is broken.
     """
+    lines = None
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
             lines = csv.reader(text, delimiter=";", strict=True)
-            return list(rows_in(lines, path))
-    except (OSError, UnicodeDecodeError) as error:
+            header = [name.strip() for name in next(lines, [])]
+            missing = [name for name in ("filename", "href") if name not in header]
+            if missing:
+                raise ValueError("no column %s in the header; expected columns such as %s"
+                                 % (" and ".join(missing), ";".join(COLUMNS)))
+            return [checked_row(header, fields) for fields in lines if fields]
+    except (OSError, UnicodeError) as error:
         raise TableError("%s: can't be read: %s" % (path, error)) from error
-
-
-def rows_in(lines, path):
-    """Yield the rows of a csv reader, each checked."""
-    try:
-        header = [name.strip() for name in next(lines, [])]
-        missing = [name for name in ("filename", "href") if name not in header]
-        if missing:
-            raise ValueError("no column %s in the header; expected columns such as %s"
-                             % (" and ".join(missing), ";".join(COLUMNS)))
-        for fields in lines:
-            if fields:
-                yield checked_row(header, fields)
     except (ValueError, csv.Error) as error:
         raise TableError("%s:%d: %s" % (path, max(1, lines.line_num), error)) from None
 
 
 def checked_row(header, fields):
+    """Return the Row of one line, or raise ValueError."""
     if len(fields) != len(header):
         raise ValueError("%d fields; the header has %d" % (len(fields), len(header)))
     told = dict.fromkeys(COLUMNS, "")
@@ -2691,7 +2690,7 @@ def checked_row(header, fields):
     safe_name(row.filename)
     if not re.match(r"(https?|s3)://[\x21-\x7e]+$", row.href) or not host_of(row.href):
         raise ValueError("%r is no href; expected https://... or s3://..." % row.href[:200])
-    if not re.match(r"\d*$", row.size):
+    if not re.match(r"[0-9]{0,18}\Z", row.size):
         raise ValueError("%r is no size in bytes" % row.size[:40])
     return row._replace(md5=md5_text(row.md5))
 
@@ -2714,7 +2713,6 @@ HEAD = 512                      # first bytes of a body by which it is judged
 SAME_BODY = 3                   # so many equal wrong bodies are not chance: no further try
 
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
-BROKEN_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error)
 SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
 
 
@@ -2771,9 +2769,9 @@ class Part:
     def __init__(self, target):
         self.target = target
         self.path = part_name(target)
+        Part.alive.add(self.path)
         self.file, self.etag, self.seen = None, None, {}
         self.reset()
-        Part.alive.add(self.path)
 
     def reset(self):
         """Begin again with an empty file."""
@@ -2799,6 +2797,14 @@ class Part:
     def flush(self):
         with file_errors(self.path):
             self.file.flush()
+
+    def finish(self):
+        """See that all bytes are on the disk: some file systems report a quota only now."""
+        self.flush()
+        with file_errors(self.path):
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
 
     def close(self):
         if self.file:
@@ -2869,21 +2875,23 @@ def claim(task):
     each other's part, step back and come again.
     """
     part = Part(task.path)
-    left = []
-    for path, owner in parts_beside(task.path).items():
-        if path == part.path:
-            continue
-        if not is_abandoned(path, owner):
+    try:
+        others = parts_beside(task.path)
+        others.pop(part.path, None)
+        if not all(is_abandoned(path, owner) for path, owner in others.items()):
             part.leave()
             return None
-        left.append(path)
-    for path in sorted(left, key=lambda path: -size_of(path)):
-        # only an MD5 can tell whether old bytes and new ones belong together
-        if task.md5 and part.md5 and not part.count and size_of(path) <= (task.size or math.inf):
-            part.adopt(path)
-        else:
-            discard(path)
-    return part
+        for path in sorted(others, key=size_of, reverse=True):
+            # only an MD5 can tell whether old bytes and new ones belong together
+            fits = size_of(path) <= (task.size or math.inf)
+            if task.md5 and part.md5 and not part.count and fits:
+                part.adopt(path)
+            else:
+                discard(path)
+        return part
+    except BaseException:
+        part.leave()
+        raise
 
 
 def size_of(path):
@@ -2896,6 +2904,8 @@ def size_of(path):
 def is_page(head, name):
     """Return why the first bytes of a body are no product, or an empty text."""
     start = head.lstrip().lower()
+    if start.startswith((b"<?xml", b"<error")) and not name.lower().endswith((".xml", ".eof")):
+        return "an XML page"
     if start.startswith((b"<!doctype html", b"<html")) or b"<html" in start:
         return "an HTML page"
     if start.startswith((b"{\"", b"[{", b"{\n", b"{ ")) and not name.endswith("json"):
@@ -2916,7 +2926,9 @@ def receive(session, task, part, on_bytes):
     with session.slots as limit:
         try:
             with session.open(task.href, headers) as response:
-                body = chunks(response, task.href, session.timeout, session.clock)
+                # a zip may come where the catalogue describes the file in it
+                most = 2 * task.size + (1 << 20) if task.size else math.inf
+                body = chunks(response, task.href, session.timeout, session.clock, most)
                 store(response, body, task, part, on_bytes, session)
         except HttpError as error:
             if error.status == 429:
@@ -2955,6 +2967,10 @@ def store(response, body, task, part, on_bytes, session):
             raise CheckError("%s: the service sent another range, or of another file, than asked; "
                              "beginning again" % os.path.basename(task.path))
     else:
+        chunked = response.headers.get("Transfer-Encoding")
+        if body_length(response) is None and not (chunked or task.size or task.md5):
+            raise CheckError("%s: neither service nor catalogue tells how long it is; it can't be "
+                             "checked" % os.path.basename(task.path), temporary=False)
         wrong = is_page(first[:HEAD], task.path)
         if wrong:
             raise CheckError("%s: the service sent %s%s" % (
@@ -2979,7 +2995,7 @@ def check(task, part):
     name = os.path.basename(task.path)
     if part.head.startswith(b"PK\x03\x04"):
         part.flush()
-        if name.endswith(".nc") and not matches(task, part):
+        if name.endswith(".nc") and (mismatch(task, part) or not (task.size or task.md5)):
             unpack(part, name)
         elif not task.size and not task.md5:
             return check_zip(part, name)
@@ -3005,19 +3021,24 @@ def mismatch(task, part):
     return "" if part.count else "an empty file came"
 
 
-def matches(task, part):
-    return bool(task.size or task.md5) and not mismatch(task, part)
+@contextlib.contextmanager
+def zip_errors(part, name):
+    """Turn whatever zipfile raises for a broken zip, of any compression, into a CheckError."""
+    try:
+        yield
+    except (DataSpaceError, OSError):
+        raise
+    except Exception as error:
+        part.reset()
+        raise CheckError("%s: the zip is broken: %s" % (name, error)) from error
 
 
 def check_zip(part, name):
-    try:
+    with zip_errors(part, name), file_errors(part.path):
         with zipfile.ZipFile(part.path) as archive:
             broken = archive.testzip()
-    except BROKEN_ZIP as error:
-        broken = str(error)
-    if broken:
-        part.reset()
-        raise CheckError("%s: the zip is broken: %s" % (name, broken))
+            if broken:
+                raise zipfile.BadZipFile("%s has another checksum" % broken)
     return "verified"
 
 
@@ -3026,7 +3047,7 @@ def unpack(part, name):
     whole = part_name(part.target)
     part.close()
     try:
-        with file_errors(part.path):
+        with zip_errors(part, name), file_errors(part.path):
             os.replace(part.path, whole)
             part.reset()
             with zipfile.ZipFile(whole) as archive:
@@ -3036,9 +3057,6 @@ def unpack(part, name):
                                      % (name, len(members)), temporary=False)
                 with archive.open(members[0]) as source:
                     part.write_all(source)
-    except BROKEN_ZIP as error:
-        part.reset()
-        raise CheckError("%s: the zip is broken: %s" % (name, error)) from error
     finally:
         discard(whole)
 
@@ -3083,7 +3101,10 @@ def complete(task, part, session, retry, on_bytes):
         if not task.size or part.count != task.size:
             receive(session, task, part, lambda count: (came.append(count), on_bytes(count)))
         state = check(task, part)
-        part.close()
+        part.finish()
+        if not os.path.exists(part.path):
+            raise CheckError("%s: another process took over what had come"
+                             % os.path.basename(task.path))
         with file_errors(task.path):
             os.replace(part.path, task.path)
         return state
@@ -3196,8 +3217,15 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
     for _ in range(min(session.connections, len(tasks))):
         threading.Thread(target=work, args=(waiting, done, job, session), daemon=True).start()
     try:
-        for _ in tasks:
-            yield next_outcome(done, idle)
+        left = len(tasks)
+        while left:
+            idle()
+            with contextlib.suppress(queue.Empty):
+                outcome = done.get(timeout=0.1)
+                if isinstance(outcome, Exception):
+                    raise outcome
+                left -= 1
+                yield outcome
     except BaseException:
         waiting.clear()
         session.stop()
@@ -3224,18 +3252,6 @@ def work(waiting, done, job, session):
                 done.put(error)
             else:
                 done.put(Outcome(os.path.basename(task.path), "failed", message=str(error)))
-
-
-def next_outcome(done, idle):
-    while True:
-        idle()
-        try:
-            outcome = done.get(timeout=0.1)
-        except queue.Empty:
-            continue
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
 
 
 ################ Workflows ################
@@ -3272,10 +3288,9 @@ class Options:
 
     def wrong(self, name, message):
         """Return the error for a setting, with its place."""
-        for key in candidates(self.rcbase, name):
-            if key in self.settings:
-                return SettingsError("%s: %s" % (name, message), self.settings.place(key))
-        return SettingsError("%s: %s" % (name, message), self.settings.filename)
+        places = [self.settings.place(key) for key in candidates(self.rcbase, name)
+                  if key in self.settings] + [self.settings.filename]
+        return SettingsError("%s: %s" % (name, message), places[0])
 
     def choice(self, name, choices, default):
         value = self.get(name, default=default)
@@ -3363,25 +3378,18 @@ def meant_type(text):
     return "is %s meant?" % " or ".join(found or ["a type such as L2__NO2___"])
 
 
-class Tally:
-    """Counts what was dropped and why, for one line of the log."""
+class Tally(collections.Counter):
+    """Counts, by reason, what was dropped; `name: 8 kept, 6 dropped (6 outside)` in the log."""
 
     def __init__(self, name):
-        self.name, self.kept, self.dropped, self.notes = name, 0, {}, {}
-
-    def drop(self, reason):
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-
-    def note(self, text):
-        self.notes[text] = self.notes.get(text, 0) + 1
+        super().__init__()
+        self.name, self.kept, self.unknown = name, 0, 0
 
     def __str__(self):
-        reasons = ["%d %s" % (count, reason) for reason, count in self.dropped.items()]
-        notes = ["%d %s" % (count, text) for text, count in self.notes.items()]
+        reasons = ", ".join("%d %s" % (count, reason) for reason, count in self.items())
         return "%s: %d kept, %d dropped%s%s" % (
-            self.name, self.kept, sum(self.dropped.values()),
-            " (%s)" % ", ".join(reasons) if reasons else "",
-            "; " + ", ".join(notes) if notes else "")
+            self.name, self.kept, sum(self.values()), " (%s)" % reasons if reasons else "",
+            "; %d of them without a readable footprint" % self.unknown if self.unknown else "")
 
 
 def in_period(products, query):
@@ -3392,7 +3400,7 @@ def in_period(products, query):
             tally.kept += 1
             yield product
         else:
-            tally.drop("measured before or after")
+            tally["measured before or after"] += 1
     log.debug("%s", tally)
 
 
@@ -3405,17 +3413,17 @@ def in_area(products, query, minimum):
         if query.box is not None and drawn:
             overlaps, fraction = box_overlap(product.geometry, list(query.box))
             if fraction is None:
-                tally.note("of them without a readable footprint")
+                tally.unknown += 1
             elif not overlaps:
-                tally.drop("outside")
+                tally["outside"] += 1
                 continue
             elif 100 * fraction < minimum:
-                tally.drop("cover less than area.minimum, %g per cent" % minimum)
+                tally["cover less than area.minimum, %g per cent" % minimum] += 1
                 continue
         tally.kept += 1
         yield product, fraction
     if query.box is not None and drawn:
-        log.log(logging.WARNING if tally.notes else logging.INFO, "%s", tally)
+        log.log(logging.WARNING if tally.unknown else logging.INFO, "%s", tally)
 
 
 def selected(rows, options):
@@ -3442,7 +3450,7 @@ def selected(rows, options):
             tally.kept += 1
             yield row, geometry
         else:
-            tally.drop("not " + text)
+            tally["not " + text] += 1
     log.info("%s", tally)
 
 
@@ -3473,8 +3481,8 @@ def best_rows(rows):
         if row in chosen:
             tally.kept += 1
         else:
-            tally.drop(" ".join(filter(None, (row.processing, row.collection,
-                                              row.processor_version))))
+            tally[" ".join(filter(None, (row.processing, row.collection,
+                                         row.processor_version)))] += 1
             log.debug("best: dropped %s", row.filename)
     log.info("%s", tally)
     return kept
@@ -3483,9 +3491,9 @@ def best_rows(rows):
 def session_of(options, **others):
     """Return the Session that the settings ask for."""
     retry = Retry(options.number("download.maxtry", "int", 10, 1),
-                  options.number("download.nsec_wait", "float", 5.0, 0),
-                  options.number("download.nsec_wait_max", "float", 600.0, 0))
-    return Session(options.number("timeout", "float", 60.0, 0.01), retry,
+                  options.number("download.nsec_wait", "float", 5.0, 0, 1e6),
+                  options.number("download.nsec_wait_max", "float", 600.0, 0, 1e6))
+    return Session(options.number("timeout", "float", 60.0, 0.01, 1e6), retry,
                    options.get("trusted_hosts", default="").replace(",", " ").split(),
                    options.get("token_url", default=None),
                    options.number("download.connections", "int", 4, 1, 20), **others)
@@ -3723,6 +3731,10 @@ EXAMPLES = {
 class Terminated(BaseException):
     """SIGTERM came."""
 
+    @classmethod
+    def on_signal(cls, number, frame):
+        raise cls
+
 
 class Screen(logging.Handler):
     """What the user sees on stderr: messages, and on a terminal one line of progress below them."""
@@ -3813,7 +3825,7 @@ def duration(seconds):
 
 def say(text):
     """Print a result; what the console's encoding can't show is escaped."""
-    encoding = sys.stdout.encoding or "ascii"
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"      # it may be closed
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
@@ -3881,7 +3893,9 @@ def options_of(args):
     settings = read_settings(args.rcfile, dict(args.env))
     base = args.rcbase
     if base is None:
-        bases = rcbases(settings)
+        ending = ".timerange.start"
+        bases = sorted(key[:-len(ending)] for key in settings.keys()
+                       if key.endswith(ending) and not key.startswith("*"))
         if len(bases) > 1:
             raise SettingsError("several inquiries in it; choose one: --rcbase %s"
                                 % " or ".join(bases), args.rcfile)
@@ -4003,7 +4017,8 @@ def command_check(args, screen):
     failed = 0
     with session:
         for name, probe in (
-                ("python", check_python), ("proxy", lambda: check_proxy(url)),
+                ("python", check_python),
+                ("proxy", lambda: "ok: " + (proxy_of(url) or "none for " + host_of(url))),
                 ("catalogue", lambda: check_catalogue(url, session)),
                 ("opensearch", lambda: check_opensearch(url, session)),
                 ("credentials", lambda: check_credentials(session)),
@@ -4022,10 +4037,6 @@ def check_python():
     return "ok: %d.%d.%d, %s, certificates from %s" % (
         sys.version_info[:3] + (ssl.OPENSSL_VERSION, os.environ.get("SSL_CERT_FILE")
                                 or paths.cafile or paths.capath or "elsewhere"))
-
-
-def check_proxy(url):
-    return "ok: " + (proxy_of(url) or "none for %s" % host_of(url))
 
 
 def check_catalogue(url, session):
@@ -4078,10 +4089,6 @@ COMMANDS = {"run": command_run, "inquire": command_inquire, "download": command_
             "settings": command_settings, "check": command_check}
 
 
-def on_sigterm(number, frame):
-    raise Terminated
-
-
 def main(argv=None):
     """Run the command line and return the exit status: 0, 1, 2, 3, 130 or 143.
 
@@ -4091,13 +4098,13 @@ def main(argv=None):
         args = parser().parse_args(argv)
     except SystemExit as error:         # argparse has said why
         return error.code or 0
-    screen = Screen(sys.stderr, args.quiet)
+    screen = Screen(sys.stderr or open(os.devnull, "w"), args.quiet)
     level, propagate = log.level, log.propagate
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     log.addHandler(screen)
     log.propagate = False
     try:
-        before = signal.signal(signal.SIGTERM, on_sigterm)
+        before = signal.signal(signal.SIGTERM, Terminated.on_signal)
     except ValueError:                  # not the main thread
         before = None
     try:
@@ -4108,7 +4115,7 @@ def main(argv=None):
     except BrokenPipeError:             # stdout went to a program such as head, which ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         log.error("%s", error)
         return 1
     except KeyboardInterrupt:

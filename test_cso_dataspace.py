@@ -2667,9 +2667,9 @@ class ExpressionTest(unittest.TestCase):
     def test_values(self):
         for text, expected in (
                 ("1 + 2 * 3", 7), ("7 / 2", 3.5), ("7 // 2", 3), ("-7 % 3", 2), ("2 ** 10", 1024),
-                ("2 ** -1", 0.5), ("1.5 ** 100", 1.5 ** 100), ("+1 - -1", 2), ("0o775", 509),
+                ("2 ** -1", 0.5), ("'x' * 10000", "x" * 10000), ("1.5 ** 100", 1.5 ** 100), ("+1 - -1", 2), ("0o775", 509),
                 ("'a' + \"b\"", "ab"), ("'ab' * 3", "ababab"), ("2 * 'ab'", "abab"),
-                ("1 < 2 <= 2", True), ("1 < 2 > 2", False), ("'b' in 'abc'", True),
+                ("1 < 2 <= 2", True), ("1 < 2 > 2", False), ("1 < 3 < 2", False), ("'b' in 'abc'", True),
                 ("3 not in [1, 2]", True), ("None is None", True), ("'a' != 'b'", True),
                 ("not 0", True), ("1 and 0 or 'x'", "x"), ("'a' if 0 else 'b'", "b"),
                 ("[1, (2, 3)]", [1, (2, 3)]), ("{'a': 1}", {"a": 1}), ("{1, 2}", {1, 2}),
@@ -2929,6 +2929,9 @@ class SettingsTest(SettingsCase):
         files = {"cfg/sub/a.rc": "#include b.rc", "cfg/b.rc": "b : 1"}
         self.assertEqual(self.values("#include sub/a.rc", files=files, name="cfg/main.rc"),
                          {"b": "1"})
+        files["cfg/sub/b.rc"] = "b : 2"
+        self.assertEqual(self.values("#include sub/a.rc", files=files, name="cfg/main.rc"),
+                         {"b": "2"})
 
     def test_imported_keys(self):
         files = {"o.rc": "a : ${E}\nb : T\nc : 3"}
@@ -2981,7 +2984,8 @@ class SettingsTest(SettingsCase):
 
     def test_absent_keys(self):
         settings = self.settings("timerange.start : 1")
-        self.assertEqual(settings.get("other", "int", "as it is"), "as it is")
+        for default in ("as it is", 0, "", False, []):
+            self.assertIs(settings.get("other", "int", default), default)
         with self.assertRaises(cso.SettingsError) as caught:
             settings.get("timerange.strat")
         for piece in ("main.rc", "'timerange.strat'", "timerange.start"):
@@ -3049,6 +3053,12 @@ class SettingsTest(SettingsCase):
                 with self.assertRaises(cso.SettingsError) as caught:
                     cso.read_settings(name)
                 self.assertIn(os.getcwd(), str(caught.exception))
+
+    def test_files_that_include_each_other_too_deep(self):
+        for line in ("#include d%d.rc", "#from d%d.rc import x"):
+            files = {"d%d.rc" % k: line % (k + 1) for k in range(150)}
+            files["d150.rc"] = "x : 1"
+            self.refuse(line % 0, "more than 100 deep", files=files)
 
     def test_kinds_of_file_names(self):
         path = self.write("main.rc", "a : 1")
@@ -3400,7 +3410,8 @@ class FootprintTest(unittest.TestCase):
                 inside = inside_swath(place, 40, 10, half)
                 if inside is not None:
                     with self.subTest(half=half, place=place):
-                        self.assertEqual(cso.box_overlap(geometry, place + place)[0], inside)
+                        self.assertEqual(cso.box_overlap(geometry, place + place),
+                                         (inside, float(inside)))
 
     def test_boxes(self):
         square = polygon(rectangle(10, 10, 20, 20))
@@ -3410,6 +3421,8 @@ class FootprintTest(unittest.TestCase):
         south_cap = polygon([[0, -70], [90, -70], [180, -70], [-90, -70], [0, -70]])
         rim = (1 - sin(radians(70))) / (1 - sin(radians(60)))
         tropics = sin(radians(20)) / sin(radians(40))
+        south = [[x, -85 - x % 20 / 100] for x in range(-100, 101, 50)]
+        north = [[x, -y] for x, y in south]
         for name, geometry, box, overlaps, fraction in [
                 ("inside", square, [12, 12, 13, 13], True, 1.0),
                 ("around", square, [10, 10, 30, 20], True, 0.5),
@@ -3430,6 +3443,8 @@ class FootprintTest(unittest.TestCase):
                 ("in the rim", holed, [10.5, 10.5, 11.5, 19], True, 1.0),
                 ("ends at 180", at_180, [175, 10, -175, 20], True, 0.5),
                 ("begins at 180", at_180, [-180, 10, -175, 20], True, 0.0),
+                ("jumps at 180", polygon([[170, 0], [180, 0], [-180, 10], [170, 10], [170, 0]]),
+                 [0, 80, 1, 85], False, 0.0),
                 ("0 to 360", polygon(rectangle(170, 10, 190, 20)), [-175, 10, -165, 20], True, 0.5),
                 ("round the pole", cap, [-180, 60, 180, 90], True, rim),
                 ("at the pole", cap, [10, 80, 20, 90], True, 1.0),
@@ -3448,6 +3463,7 @@ class FootprintTest(unittest.TestCase):
                 ("pole of the rest", ALL_BUT_A_SWATH, [-180, 85, 180, 90], True, 1.0),
                 ("pole of all but", ALL_BUT_A_CAP, [0, -90, 10, -80], False, 0.0),
                 ("all but", ALL_BUT_A_CAP, [170, 75, -170, 90], True, 1.0),
+                ("drawn as 0.55", polygon(south + north[::-1]), [-5, -5, 5, 5], False, 0.0),
                 ("recorded", NRTI_AT_180, [90, 75, 110, 80], True, 1.0),
                 ("recorded, across 180", NRTI_AT_180, [178, 85, -178, 86], True, 1.0),
                 ("recorded, apart", NRTI_AT_180, [-150, 60, -100, 85], False, 0.0),
@@ -3475,6 +3491,8 @@ class FootprintTest(unittest.TestCase):
         for name, ring, box, overlaps in [
                 ("rises to 63.7", [[0, 60], [60, 60.5], [60, 50.5], [0, 50]], high, True),
                 ("parallel", rectangle(0, 50, 60, 60), high, False),
+                ("rises by 0.04", [[0, 60], [5, 60.1], [5, 55.1], [0, 55.1]],
+                 [2.45, 60.065, 2.55, 60.066], True),
                 ("1.6 east at 30", [[0, 0], [4.9, 60], [10, 60.1], [5, 0.1]], middle, True)]:
             with self.subTest(name):
                 self.assertEqual(cso.box_overlap(polygon(ring), box)[0], overlaps)
@@ -3876,10 +3894,15 @@ class NamesTest(Case):
                 else:
                     self.assertRaises(ValueError, cso.parse_time, text)
 
+    def test_times_are_cut_to_milliseconds(self):
+        time_ = datetime.datetime(2018, 7, 1, 0, 0, 0, 999999)
+        self.assertEqual(cso.format_time(time_), '2018-07-01T00:00:00.999Z')
+
     def test_boxes(self):
         for text, expected in (
                 ('-30,30,35,76', (-30, 30, 35, 76)), ('-180,-90,180,90', (-180, -90, 180, 90)),
                 (' -30.5 , 30 ,35, 7.6e1', (-30.5, 30, 35, 76)), ('0,0,360,1', (0, 0, 360, 1)),
+                ('5,10,5,10', (5, 10, 5, 10)),
                 ('170,-10,-170,10', (170, -10, -170, 10)), ('', None), ('  ', None)):
             with self.subTest(text):
                 self.assertEqual(cso.Box.from_text(text), expected)
@@ -3906,6 +3929,7 @@ class NamesTest(Case):
                 (ZIPPER % ("'%s'" % UUID), DOWNLOAD % UUID),
                 (DOWNLOAD % ('"%s"' % UUID), DOWNLOAD % UUID),
                 ((ZIPPER % UUID).replace('https', 'http'), DOWNLOAD % UUID),
+                ((DOWNLOAD % UUID).replace('https', 'http'), DOWNLOAD % UUID),
                 (' %s\n' % (ZIPPER % UUID), DOWNLOAD % UUID),
                 ('https://%s/odata/v1/Products(\'%s\')/$value' % (CATALOGUE, UUID),
                  'https://%s/odata/v1/Products(%s)/$value' % (CATALOGUE, UUID)),
@@ -4044,7 +4068,7 @@ class CatalogueTest(CatalogueCase):
             (stac_entry(name6, key, zipped), 'filename', name6)
             for key in ('product', 'Product', 'PRODUCT')] + [
             (stac_entry(asset={'file:checksum': checksum}), 'md5', '')
-            for checksum in ('1220' + 64 * 'a', 'd50110' + 32 * '0', '', None, KeyError)])
+            for checksum in ('1220' + 64 * 'a', 'd40110' + 32 * 'a', 'd50110' + 32 * '0', '', None, KeyError)])
 
     def test_footprints_in_both_forms_of_odata(self):
         space = self.use(DataSpace([]))
@@ -4159,6 +4183,26 @@ class CatalogueTest(CatalogueCase):
         self.assertRegex(query['startDate'], r'^2014-12-31T.*Z$')
         query = dict(asked)['/v1/search']
         self.assertIn('sentinel-5p-l2-ch4-offl', query['collections'])
+
+    def test_boxes_that_are_sent(self):
+        day = datetime.datetime(2025, 1, 1)
+        whole = (-180, -5, 180, 6)
+        for area, boxes in (
+                ('0,-89,40,-80', []), ('0,80,40,89', []), ('-30,30,35,76', []),
+                ('-30,30,35,70', [(-35, 25, 40, 75)]), ('5,5,5,5', [(0, 0, 10, 10)]),
+                ('170,-50,-170,50', [(165, -55, 180, 55), (-180, -55, -165, 55)]),
+                ('0,0,360,1', [whole]), ('0,0,350,1', [whole])):
+            query = cso.Query('', 'Sentinel5P', '', day, day, cso.Box.from_text(area), 'odata', True)
+            with self.subTest(area):
+                self.assertEqual(cso.wider_boxes(query), boxes)
+
+    def test_links_of_stac_that_are_merged(self):
+        link = {'rel': 'next', 'href': 'search', 'method': 'POST', 'body': {'token': 'x'}}
+        request = cso.Request('http://127.0.0.1/v1/search', {'limit': 5})
+        for merge, body in ((True, {'limit': 5, 'token': 'x'}), (False, {'token': 'x'})):
+            with self.subTest(merge):
+                following = cso.Stac.following({'links': [dict(link, merge=merge)]}, request)
+                self.assertEqual(following, request._replace(body=body))
 
 
 class PagingTest(CatalogueCase):
@@ -4497,7 +4541,8 @@ class InquireTest(CatalogueCase):
             ('download_url', 'https://example.org/Products()/$value', '{product_id}'),
             ('output.columns', 'orbit;md6', 'md6'), ('selection', '%{orbit} ==', 'expression'),
             ('selection', "__import__('os')", '__import__'), ('dmode', 'rwx', 'octal'),
-            ('download.maxtry', '0', '1 or more'), ('timeout', '-5', '0.01 or more'))
+            ('download.maxtry', '0', '1 or more'), ('download.connections', '0', '1 to 20'),
+            ('download.connections', '21', '1 to 20'), ('timeout', '-5', '0.01 to 1e+06'))
         space = self.use(DataSpace([CH4]))
         for name, value, said in mistakes:
             with self.subTest(name, value=value):
@@ -4658,6 +4703,8 @@ class InquireTest(CatalogueCase):
         with DataSpace() as space, self.logged() as logged:
             names = self.names(space, {'producttype': 'L2__O3_TCL', 'area': '-30,30,35,76'})
             self.assertEqual(len(names), 3)
+            self.assertEqual(names, self.names(space, {
+                'producttype': 'L2__O3_TCL', 'area': '40,40,41,41', 'area.filter': 'server'}))
             self.assertNotIn('WARNING', [record.levelname for record in logged.records])
         with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged() as logged:
             self.inquire(space, {'area': '-30,30,35,76', 'timerange.end': '2026-01-01'})
@@ -4705,7 +4752,9 @@ class InquireTest(CatalogueCase):
         with DataSpace([CH4]) as space:
             for api in APIS:
                 with self.subTest(api), self.logged('WARNING') as logged:
-                    table = self.table(space, {'area': '-30,30,35,76'}, api)
+                    table = self.table(space, {'area': '-30,30,35,76', 'output.geojson': (
+                        self.path('x.geojson'))}, api)
+                    self.assertIn(b'"features": []', self.read('x.geojson'))
                     self.assertEqual(table.decode(), HEADER)
                     said, = [record.getMessage() for record in logged.records]
                     for word in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76',
@@ -4743,6 +4792,8 @@ class TableTest(CatalogueCase):
         self.assertEqual([row.filename for row in rows], names)
         self.assertEqual(';'.join(rows[0][:6]),
                          '02818;2018-04-30 00:20:50;2018-04-30 02:01:20;RPRO;01;010105')
+        twins = [self.row(product_id='1'), self.row(product_id='2')]
+        self.assertEqual(cso.newest_first(twins[::-1]), twins)
 
     def row(self, **fields):
         return cso.Row(**dict(dict.fromkeys(HEADER.strip().split(';'), ''),
@@ -4789,6 +4840,7 @@ class TableTest(CatalogueCase):
                 (4, good + CH4_ROW + '\n'.join(['11488']), '1 fields'),
                 (2, HEADER + CH4_ROW.replace('https:', 'file:'), 'no href'),
                 (2, HEADER + CH4_ROW.replace(ZIPPER % UUID, ''), 'no href'),
+                (2, HEADER + CH4_ROW.replace(ZIPPER % UUID, 'https:///x'), 'no href'),
                 (3, good + CH4_ROW.replace('value', 'va lue'), 'no href'),
                 (3, good + CH4_ROW.replace(CH4.name, '../' + CH4.name), 'file name'),
                 (3, good + CH4_ROW.replace(CH4.name, 'C:\\x.nc'), 'file name'),
@@ -4817,6 +4869,32 @@ class TableTest(CatalogueCase):
                 cso.write_table([self.row()], path)
         self.assertEqual(self.files(), ['file'])
 
+    def test_a_name_that_stands_twice_is_fetched_once_from_its_first_row(self):
+        rows = [self.row(), self.row()._replace(href=ZIPPER % UUID), self.row()]
+        with self.logged('WARNING') as logged:
+            task, = cso.tasks_of(rows)
+        self.assertEqual((task.href, len(logged.records)), (rows[0].href, 1))
+
+    def test_no_column_leads_out_of_the_folder(self):
+        for orbit, expected in (('02818', 'data/02818'), ('', 'data/unknown'), ('..', None),
+                                ('../..', None), ('/tmp', None), ('a\\b', None)):
+            with self.subTest(orbit):
+                rows = [self.row(orbit=orbit)]
+                if expected:
+                    self.assertEqual(cso.tasks_of(rows, 'data/%{orbit}')[0].path,
+                                     os.path.join(expected, NO2))
+                else:
+                    with self.assertRaisesRegex(cso.TableError, 'file name'):
+                        cso.tasks_of(rows, 'data/%{orbit}')
+
+    def test_a_table_that_breaks_off_leaves_the_old_one(self):
+        def rows():
+            yield self.row()
+            raise ValueError
+        path = self.write('table.csv', 'old')
+        self.assertRaises(ValueError, cso.write_table, rows(), path)
+        self.assertEqual((self.read('table.csv'), self.files()), (b'old', ['table.csv']))
+
 
 ORBITS = list(made_products(3))
 TABLE_HEAD = "filename;href;size;md5"
@@ -4837,9 +4915,12 @@ def rows_of_text(text):
     return [re.split(r"  +", line.strip()) for line in text.strip().splitlines()]
 
 
-@fault("headless-206", "lying-range", "uninvited-206")
+@fault("headless-206", "lying-range", "uninvited-206", "blind-206")
 def fault_of_206(space, request, respond, detail):
-    """206 without Content-Range; with the range asked, but other bytes; or uninvited."""
+    """206 without Content-Range; with the range asked, but other bytes; uninvited; of a new object."""
+    if detail["kind"] == "blind-206":
+        space.change(request.names[0])
+        del request.headers["If-Range"]
     if detail["kind"] == "uninvited-206":
         request.range = "bytes=100-"
     answer = respond()
@@ -4942,6 +5023,13 @@ class HttpTest(DownloadCase):
             with self.subTest(url, trusted=trusted):
                 self.assertEqual(bool(cso.may_see_token(url, trusted)), expected)
 
+    def test_what_of_a_url_is_shown(self):
+        for url, expected in (
+                ("https://me:secret@host.eu:8080/a/b?token=secret#secret", "https://host.eu:8080/a/b"),
+                ("http://secret@host.eu", "http://host.eu"), ("words", "'words'")):
+            with self.subTest(url):
+                self.assertEqual(cso.shown(url), expected)
+
     def test_which_answers_are_tried_again(self):
         cases = dict.fromkeys((400, 403, 404), 1)
         cases.update(dict.fromkeys((408, 429, 500, 502, 503, 504), 3))
@@ -5037,6 +5125,22 @@ class HttpTest(DownloadCase):
                 self.assertLessEqual(space.count("value"), 7)
                 self.assertEqual((self.files(), self.waits), ([], []))
 
+    def test_a_form_follows_no_redirect(self):
+        """The password is in it."""
+        with DataSpace(ORBITS) as space, DataSpace(ORBITS) as other:
+            for status in (301, 302, 303, 307, 308):
+                space.faults.add("redirect", "token", to=other.token_url, status=status)
+                with self.subTest(status), self.assertRaises(cso.DataSpaceError):
+                    self.session(space).token.get()
+            self.assertEqual(other.requests, [])
+
+    def test_no_proxy_sees_what_stays_on_this_machine(self):
+        with DataSpace(ORBITS) as space, Proxy({}) as proxy:
+            os.environ["HTTP_PROXY"] = os.environ["http_proxy"] = "http://127.0.0.1:%d" % proxy.port
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertRight(space, ORBITS[0])
+            self.assertEqual(proxy.connections, 0)
+
     def test_urls_that_are_none(self):
         for href in ("file:///etc/hosts", "ftp://127.0.0.1/x", "http:///x", "x", "http://[/x"):
             with self.subTest(href), DataSpace(ORBITS) as space:
@@ -5063,6 +5167,18 @@ class HttpTest(DownloadCase):
             self.assertFalse(thread.is_alive())
             self.assertEqual(len(ended), 1)
             self.assertEqual(space.count("value"), 1)
+
+    def test_a_body_that_begins_well_and_then_crawls_counts_as_a_stall(self):
+        now, pieces = [0.0], iter([b"x" * 10 ** 6] + [b"x"] * 50)
+
+        class Response:
+            headers = {}
+
+            def read1(self, size):
+                now[0] += 0.4
+                return next(pieces)
+        with self.assertRaisesRegex(cso.HttpError, "under 1000 bytes"):
+            list(cso.chunks(Response(), "http://127.0.0.1/x", 1, lambda: now[0]))
 
 
 class TokenTest(DownloadCase):
@@ -5252,6 +5368,15 @@ class TokenTest(DownloadCase):
             self.assertEqual(([name for name in self.files() if name.endswith(".nc")], self.waits),
                              ([], []))
 
+    def test_tokens_refused_now_and_then_are_no_refused_login(self):
+        with DataSpace(ORBITS) as space:
+            session = self.session(space)
+            for record in ORBITS:
+                self.fetch_all(space, session, [record])
+                space.revoke_tokens()
+            self.assertRight(space, *ORBITS)
+            self.assertEqual((space.logins, space.refreshes), (1, 2))
+
     # -- a token endpoint in trouble
 
     def test_token_endpoint_in_passing_trouble(self):
@@ -5332,6 +5457,26 @@ class TokenTest(DownloadCase):
                 self.fetch_all(space, session, [record])
             self.assertRight(space, *space.records[:4])
             self.assertEqual((space.logins, space.refreshes), (1, 1))
+
+    def test_a_token_that_came_just_before_the_claim_is_taken(self):
+        with DataSpace(ORBITS) as space:
+            others, claim = [self.cached(space)], cso.TokenCache.may_login
+
+            def late(cache):
+                while others:
+                    others.pop().token.get()
+                return claim(cache)
+            with mock.patch.object(cso.TokenCache, "may_login", late):
+                self.cached(space).token.get()
+            self.assertEqual(space.logins, 1)
+
+    def test_a_claim_is_dead_after_a_minute(self):
+        now = [time.time()]
+        cache = cso.TokenCache(self.path("token"), "account", lambda: now[0])
+        self.assertTrue(cache.may_login())
+        for seconds, may in ((50, False), (70, True)):
+            now[0] = os.stat(cache.claim).st_mtime + seconds
+            self.assertEqual(cache.may_login(), may)
 
     def test_a_cache_that_does_not_serve(self):
         """A token that was revoked meanwhile, or what is none, is replaced by another."""
@@ -5546,6 +5691,7 @@ FAULTS_WITHOUT_MD5 = rows_of_text("""
     fin at=8000, html                           size only   3
     fin at=8000, changed                        size only   2
     fin at=8000, changed, fin at=9000           size only   2
+    fin at=8000, blind-206                      size only   3
     cut at=100                                  size only   2
     chunked at=100                              size only   2
     html                                        size only   2
@@ -5568,7 +5714,7 @@ FAULTS_WITHOUT_SIZE = rows_of_text("""
     fin at=8000, changed                        unverified  2
     chunked at=100                              unverified  2
     uninvited-206                               unverified  2
-    no-length                                   unverified  1
+    no-length                                   failed      1
     html                                        unverified  2
     json                                        unverified  2
     empty                                       unverified  2
@@ -5687,12 +5833,26 @@ class DownloadTest(DownloadCase):
                 cso.fetch(short, self.session(space))
             self.assertNothingElse(ORBITS[0])
 
+    def test_a_catalogue_that_refuses_the_question_is_no_obstacle(self):
+        with DataSpace(ORBITS) as space:
+            for record, status in zip(ORBITS, ("400", "404")):
+                switch_on(space, "%s on=product" % status)
+                outcome = cso.fetch(self.task(space, record), self.session(space))
+                self.assertEqual((outcome.state, self.waits), ("unverified", []))
+
     def test_a_file_that_is_there_is_not_fetched_again(self):
         with DataSpace(ORBITS) as space:
             tasks = [self.task(space, record) for record in ORBITS]
             list(cso.download(tasks, self.session(space)))
             again = [outcome.state for outcome in cso.download(tasks, self.session(space))]
             self.assertEqual((again, space.count("value")), (["present"] * 3, 3))
+
+    def test_an_empty_file_is_not_there(self):
+        with DataSpace(made_products(1, stated=0, checksum="")) as space:
+            self.write(space.records[0].name, "")
+            outcome = cso.fetch(self.task(space, space.records[0]), self.session(space))
+            self.assertEqual(outcome.state, "unverified")
+            self.assertRight(space, space.records[0])
 
     def test_a_file_of_another_size_is_replaced_when_the_right_one_is_there(self):
         with DataSpace(ORBITS) as space:
@@ -5759,6 +5919,21 @@ class DownloadTest(DownloadCase):
                 self.assertIsNone(archive.testzip())
             self.assertEqual(cso.fetch(task, self.session(space)).state, "present")
 
+    def test_a_flipped_byte_in_a_directory_product_is_seen(self):
+        record = next(record for record in RECORDS if record.name.endswith(".SAFE"))
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("a.nc", b"x" * 1000)
+        for data, right in ((packed.getvalue(), True),
+                            (packed.getvalue().replace(b"xx", b"xy", 1), False)):
+            part = cso.Part(self.path(record.name + ".zip"))
+            part.write(data)
+            with contextlib.ExitStack() as stack:
+                if not right:
+                    stack.enter_context(self.assertRaisesRegex(cso.CheckError, "zip is broken"))
+                self.assertEqual(cso.check(cso.Task("", part.target), part), "verified")
+            part.leave()
+
     # -- the disk
 
     def full_disk(self, space_left, number):
@@ -5803,6 +5978,9 @@ class DownloadTest(DownloadCase):
                 list(cso.download(tasks, self.session(space)))
             self.assertTrue(caught.exception.full)
             self.assertEqual((space.requests, self.files()), ([], []))
+            self.write(ORBITS[0].name, "x" * 20000)
+            with mock.patch.object(shutil, "disk_usage", lambda path: usage):
+                list(cso.download(tasks, self.session(space)))
 
     def test_where_no_file_can_be(self):
         self.write("file", "")
@@ -5877,6 +6055,44 @@ class DownloadTest(DownloadCase):
             self.assertNothingElse(ORBITS[0])
             self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=8000-")
 
+    def test_the_longest_part_is_taken_over(self):
+        with DataSpace(ORBITS) as space:
+            part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
+            for number in ("0", "2"):
+                with open(re.sub(r"elsewhere-1-", "elsewhere-%s-" % number, part), "wb") as out:
+                    out.write(self.read(part)[:3000])
+            for name in self.files():
+                os.utime(self.path(name), (1, 1))
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertNothingElse(ORBITS[0])
+            self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=8000-")
+
+    def test_a_file_that_came_just_before_the_claim_is_not_fetched(self):
+        claim = cso.claim
+        with DataSpace(ORBITS) as space:
+            def late(task):
+                with open(task.path, "wb") as out:
+                    out.write(space.body(ORBITS[0]))
+                return claim(task)
+            with mock.patch.object(cso, "claim", late):
+                outcome = cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertEqual((outcome.state, space.count("value")), ("present", 0))
+            self.assertNothingElse(ORBITS[0])
+
+    def test_a_file_that_another_process_fetches_comes_last(self):
+        with DataSpace(ORBITS) as space:
+            part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
+
+            def other_goes_on(seconds):
+                if os.path.exists(part):
+                    with open(self.path(ORBITS[0].name), "wb") as out:
+                        out.write(space.body(ORBITS[0]))
+                    os.unlink(part)
+            names = [outcome.filename for outcome in cso.download(
+                [self.known(space, record) for record in ORBITS],
+                self.session(space, connections=1, sleep=other_goes_on))]
+            self.assertEqual(names, [ORBITS[k].name for k in (1, 2, 0)])
+
     def test_a_spoilt_part_does_no_harm(self):
         for spoilt in (b"", b"x" * 8000, b"x" * 20000, b"x" * 30000):
             with self.subTest(len(spoilt)), DataSpace(ORBITS) as space:
@@ -5919,6 +6135,18 @@ class DownloadTest(DownloadCase):
                 self.assertRight(space, *records)
                 self.assertEqual(space.peak_transfers, connections)
                 self.assertEqual((space.count("value"), space.count("token")), (10, 1))
+
+    def test_threads_of_others_share_the_transfers_of_a_session(self):
+        with DataSpace(ORBITS, max_transfers=None) as space:
+            switch_on(space, "leisurely times=None")
+            session = self.session(space, connections=1)
+            threads = [threading.Thread(target=cso.fetch, args=(self.known(space, record), session))
+                       for record in ORBITS]
+            for step in (threading.Thread.start, threading.Thread.join):
+                for thread in threads:
+                    step(thread)
+            self.assertRight(space, *ORBITS)
+            self.assertEqual(space.peak_transfers, 1)
 
     def test_429_lowers_the_number_of_connections(self):
         records = list(made_products(12))
@@ -6551,6 +6779,17 @@ class MainTest(Case):
             "--set", "cso.s5p.no2.area.minmum=3"]))
         self.assertIn("cso.s5p.no2.area.minmum is no setting of this program and is ignored; is "
                       "area.minimum meant?", err)
+        self.assertEqual(self.run_main("inquire", "-q", self.rc, *(self.common + [
+            "--set", "cso.s5p.no2.area.minmum=3"]))[2], "")
+
+    def test_a_program_that_calls_main_stays_as_it_was(self):
+        def state():
+            return (list(cso.log.handlers), cso.log.level, cso.log.propagate,
+                    signal.getsignal(signal.SIGTERM))
+        before = state()
+        for args in (["settings", self.rc, "-v"] + self.common, ["settings", "nosuch.rc", "-q"]):
+            self.run_main(*args)
+            self.assertEqual(state(), before)
 
     def test_help_fits_a_screen_and_shows_an_example(self):
         for command in cso.COMMANDS:
@@ -6568,6 +6807,12 @@ class MainTest(Case):
         status, out, err = self.run_main("check", self.rc, *self.common)
         self.assertEqual((status, out.count("NOT ok")), (1, 2), out)
         self.assertIn("machine zipper.dataspace.copernicus.eu login USER", out)
+
+    def test_check_of_a_folder_that_cannot_be_written(self):
+        with mock.patch.object(os, "access", lambda *args: False):
+            status, out, _ = self.run_main("check", self.rc, *self.common)
+        self.assertEqual((status, out.count("NOT ok")), (1, 1), out)
+        self.assertIn("choose another download.dir", out)
 
     def test_console_without_utf8(self):
         rc = self.write("x.rc", "grid : 1 \u00d7 1\n")
@@ -6609,6 +6854,19 @@ class ScreenTest(unittest.TestCase):
         screen.write("a message\n")
         self.assertTrue(stream.getvalue().endswith("\r" + " " * len(shown[-1]) + "\ra message\n"))
         self.assertEqual(shown[-1], "0/2 files, 97.0 MB of 2.0 GB, 101.0 MB/s, 18 s left"[:39])
+
+    def test_files_that_were_there_are_not_waited_for(self):
+        now, stream = [0.0], self.Terminal()
+        screen = cso.Screen(stream, clock=lambda: now[0])
+        screen.width = lambda: 80
+        progress = cso.Progress([cso.Task("", "a", 10 ** 9), cso.Task("", "b", 10 ** 9)], screen,
+                                clock=lambda: now[0])
+        progress.end(cso.Outcome("a", "present"), 10 ** 9)
+        progress.add(5 * 10 ** 8)
+        now[0] = 5.0
+        progress.draw()
+        self.assertEqual(stream.getvalue(),
+                         "1/2 files, 500.0 MB of 2.0 GB, 100.0 MB/s, 5 s left")
 
     @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
     def test_on_a_pseudo_terminal(self):
