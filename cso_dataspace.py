@@ -758,6 +758,10 @@ S5P_PRODUCTTYPES = (
 TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
                   r"(?:Z|([+-])(\d\d):?(\d\d))?$")
 
+# No separator, drive or control character, not only dots and blanks, no device of Windows.
+PLAIN_NAME = re.compile(r"(?i)(?![. ]*\Z)(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|\Z))"
+                        r"[^/\\:\x00-\x1f\x7f]+\Z")
+
 UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 DIRECTORY_SUFFIXES = (".SAFE", ".SEN3", ".SEN6")
@@ -830,8 +834,7 @@ def safe_name(name):
 
     Names come from tables and catalogues: none of them may lead out of the target folder.
     """
-    if (not name or name.strip(". ") == "" or re.search(r'[/\\:\x00-\x1f\x7f]', name)
-            or re.match(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name)):
+    if not PLAIN_NAME.match(name):
         raise ValueError("%r is not a plain file name" % name[:200])
     return name
 
@@ -847,6 +850,8 @@ def parse_time(text):
 
     Takes 0 to 9 digits of fraction, and "Z", "+00:00", another offset or nothing at the end.
     """
+    if text[26:] == "Z" and hasattr(datetime.datetime, "fromisoformat"):    # the usual form, fast
+        return datetime.datetime.fromisoformat(text[:26])
     match = TIME.match(text)
     if not match:
         raise ValueError("%r is not a time" % (text,))
@@ -2799,10 +2804,8 @@ class Part:
             self.file.flush()
 
     def finish(self):
-        """See that all bytes are on the disk: some file systems report a quota only now."""
-        self.flush()
+        """Close the file, with its errors: some file systems report a quota only now."""
         with file_errors(self.path):
-            os.fsync(self.file.fileno())
             self.file.close()
             self.file = None
 
