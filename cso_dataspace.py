@@ -458,7 +458,7 @@ class Line(NamedTuple):
     text: str
     filename: str
     lineno: int
-    chain: tuple
+    files: tuple
 
     @property
     def word(self):
@@ -487,7 +487,7 @@ def first_file(paths, line):
     raise line.wrong("%s can't be read; tried %s" % (line.text or "settings", ", ".join(tried)))
 
 
-def logical_lines(data, filename, chain):
+def logical_lines(data, filename, files):
     """Yield the lines of a file, continuations joined by one blank, without comment lines."""
     try:
         text = data.decode("utf-8-sig")
@@ -502,7 +502,7 @@ def logical_lines(data, filename, chain):
             pieces.append(piece)
         if text.endswith("\\") and lineno < len(physical):
             continue
-        line = Line(" ".join(pieces).rstrip(), filename, first, chain)
+        line = Line(" ".join(pieces).rstrip(), filename, first, files)
         if "\0" in line.text:
             raise line.wrong("a NUL byte; expected a text file in UTF-8")
         if line.text and not line.text.lstrip().startswith("!"):
@@ -592,13 +592,13 @@ class Reader:
     def read(self, paths, line):
         """Queue the statements of the first file that can be read, before all others."""
         path, data = first_file(paths, line)
-        chain = line.chain + (path,)
-        if os.path.realpath(path) in map(os.path.realpath, line.chain):
-            raise line.wrong("a file includes itself: %s" % " -> ".join(chain))
-        if len(chain) > DEEPEST:
+        files = line.files + (path,)
+        if os.path.realpath(path) in map(os.path.realpath, line.files):
+            raise line.wrong("a file includes itself: %s" % " -> ".join(files))
+        if len(files) > DEEPEST:
             raise line.wrong("files include each other more than %d deep" % DEEPEST)
         self.spend(len(data) + FILE_COST, line)
-        self.push(logical_lines(data, path, chain), line)
+        self.push(logical_lines(data, path, files), line)
 
     def push(self, lines, origin):
         lines = list(lines)
@@ -669,7 +669,7 @@ class Reader:
     def include(self, line):
         name = self.filled(line.rest, line)
         beside = os.path.join(os.path.dirname(line.filename), name)
-        main = os.path.join(os.path.dirname(line.chain[0]), name)
+        main = os.path.join(os.path.dirname(line.files[0]), name)
         self.read([beside] if name.startswith("./") else [name, beside, main], line)
 
     def take(self, line):
@@ -2061,13 +2061,6 @@ class Session:
             return action()
         return retrying(what, unless_stopped, retry or self.retry, self.sleep)
 
-    def read(self, url, headers={}, data=None, retry=None):
-        """Return the whole body of an answer, as bytes; no token is sent."""
-        def read():
-            with self.http.open(url, headers, data) as response:
-                return b"".join(chunks(response, url, self.timeout, self.clock))
-        return self.retrying(host_of(url), read, retry)
-
     def read_json(self, request, retry=None):
         """Return the decoded JSON object of a catalogue's answer; anything else is temporary."""
         def read():
@@ -2083,8 +2076,10 @@ class Session:
 
     def post(self, url, fields):
         """Return the body of the answer to a form, sent once: who needs the token tries again."""
-        return self.read(url, {}, urllib.parse.urlencode(
-            fields, errors="surrogateescape").encode("ascii"), Retry(1))
+        self.check_stop()
+        data = urllib.parse.urlencode(fields, errors="surrogateescape").encode("ascii")
+        with self.http.open(url, {}, data) as response:
+            return b"".join(chunks(response, url, self.timeout, self.clock, LARGEST_PAGE))
 
     def open(self, url, headers={}):
         """Return the open response for a url that may need the token, renewed once on a 401."""
@@ -2542,11 +2537,12 @@ def api_of(url):
 def search(query, session):
     """Yield every Product that the catalogue lists for a query, each once, or raise.
 
-    Products are those of the service's own, wider selection; wanted() has the last word.
+    Products are those of the service's own, wider selection: in_period() and in_area() have the
+    last word.
     Raises CatalogueError or HttpError: then what was yielded is not the whole list.
     """
     api = query.api if query.api != "auto" else api_of(query.url)
-    substitute = fallback(query.url) if query.api == "auto" and api == "opensearch" else None
+    substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
     query = query._replace(api=api, url=query.url.rstrip("/"))
     try:
         request, page = first_page(query, session, substitute)
@@ -2601,7 +2597,7 @@ def turn_page(query, request, session, retry=None):
             shown(request.url), type(error).__name__, error)) from error
 
 
-def fallback(url):
+def odata_beside(url):
     """Return the OData base beside a retired OpenSearch base of the Data Space, else None."""
     return "%s://%s/odata/v1" % split_url(url)[:2] if host_of(url).endswith("." + DOMAIN) else None
 
@@ -2775,7 +2771,7 @@ class Part:
         self.target = target
         self.path = part_name(target)
         Part.alive.add(self.path)
-        self.file, self.etag, self.seen = None, None, {}
+        self.file, self.etag, self.wrong_bodies = None, None, {}
         self.reset()
 
     def reset(self):
@@ -2988,7 +2984,7 @@ def store(response, body, task, part, on_bytes, session):
         session.check_stop()
 
 
-def check(task, part):
+def verify(task, part):
     """Return how the bytes of a part were checked; raise CheckError where they are wrong.
 
     The part is empty again then.  A zip where .nc was asked for is unpacked first if it is not
@@ -3005,8 +3001,8 @@ def check(task, part):
     wrong = is_page(part.head[:HEAD], name) or mismatch(task, part)
     if wrong:
         body = (part.count, part.digest())
-        part.seen[body] = part.seen.get(body, 0) + 1
-        again = part.seen[body] < SAME_BODY
+        part.wrong_bodies[body] = part.wrong_bodies.get(body, 0) + 1
+        again = part.wrong_bodies[body] < SAME_BODY
         part.reset()
         raise CheckError("%s: %s%s" % (name, wrong, "" if again else (
             "; it came like that %d times, so the catalogue and the file do not agree"
@@ -3103,7 +3099,7 @@ def complete(task, part, session, retry, on_bytes):
             part.reset()
         if not task.size or part.count != task.size:
             receive(session, task, part, lambda count: (came.append(count), on_bytes(count)))
-        state = check(task, part)
+        state = verify(task, part)
         part.finish()
         if not os.path.exists(part.path):
             raise CheckError("%s: another process took over what had come"
@@ -4046,7 +4042,7 @@ def check_catalogue(url, session):
     """Ask for the least there is; tell how far the clocks are apart."""
     base = url.rstrip("/")
     if api_of(base) == "opensearch":
-        base = fallback(base) or base
+        base = odata_beside(base) or base
     date = asked(base, session)
     skew = abs(email.utils.mktime_tz(date) - time.time()) if date else 0
     return "ok: %s answers, clocks differ by %d s" % (base, skew)
@@ -4059,7 +4055,7 @@ def check_opensearch(url, session):
     try:
         asked(base, session)
     except HttpError as error:
-        if api_of(url) == "opensearch" and not fallback(url):
+        if api_of(url) == "opensearch" and not odata_beside(url):
             raise
         return "ok: not needed; it is retired (%s)" % error
     return "ok: %s answers" % base

@@ -5931,7 +5931,7 @@ class DownloadTest(DownloadCase):
             with contextlib.ExitStack() as stack:
                 if not right:
                     stack.enter_context(self.assertRaisesRegex(cso.CheckError, "zip is broken"))
-                self.assertEqual(cso.check(cso.Task("", part.target), part), "verified")
+                self.assertEqual(cso.verify(cso.Task("", part.target), part), "verified")
             part.leave()
 
     # -- the disk
