@@ -3492,8 +3492,10 @@ def session_of(options, **others):
     retry = Retry(options.number("download.maxtry", "int", 10, 1),
                   options.number("download.nsec_wait", "float", 5.0, 0, 1e6),
                   options.number("download.nsec_wait_max", "float", 600.0, 0, 1e6))
-    return Session(options.number("timeout", "float", 60.0, 0.01, 1e6), retry,
-                   options.get("trusted_hosts", default="").replace(",", " ").split(),
+    trusted = options.get("trusted_hosts", default="").replace(",", " ").split()
+    if not all(re.match(r"[\w.-]+\Z", host) for host in trusted):
+        raise options.wrong("trusted_hosts", "expected names of hosts, such as zipper.creodias.eu")
+    return Session(options.number("timeout", "float", 60.0, 0.01, 1e6), retry, trusted,
                    options.get("token_url", default=None),
                    options.number("download.connections", "int", 4, 1, 20), **others)
 
@@ -3914,6 +3916,9 @@ def command_run(args, screen):
         if args.dry_run:
             session.note = say_request
             return show_plan(tasks_of(list_rows(options, session)[0], target, args.part))
+        href = options.get("download_url", default=DOWNLOAD_URL)
+        if may_see_token(href, session.http.trusted):       # a wrong password is told at once
+            session.retrying("token", lambda: session.token.get(host_of(href)))
         rows = inquire(options.settings, options.rcbase, session)
         return fetch_all(tasks_of(rows, target, args.part), session, args.report, screen, dmode)
 

@@ -6703,7 +6703,16 @@ class MainTest(Case):
                          (8, 1, 1))
         again = self.run_main("run", self.rc, *self.common)
         self.assertEqual(again[:2], (0, "8 of 8 files here: 8 present\n"))
-        self.assertEqual((self.space.count("value"), self.space.logins), (8, 1))
+        self.assertEqual((self.space.count("value"), self.space.logins), (8, 2))
+
+    def test_a_wrong_password_is_told_before_anything_is_written(self):
+        for environ, said in (({"CDSE_PASSWORD": "wrong"}, "Invalid user credentials"),
+                              ({"CDSE_PASSWORD": "", "CDSE_USERNAME": ""}, "none found; looked at")):
+            with self.subTest(environ), mock.patch.dict(os.environ, environ):
+                status, out, err = self.run_main("run", self.rc, *self.common)
+                self.assertEqual((status, out, err.count("\n"), self.files()), (1, "", 1, []))
+                self.assertIn(said, err)
+        self.assertEqual(self.space.count("odata"), 0)
 
     def test_parts_are_all_rows_once(self):
         for index in "0", "1", "2", "3":        # arrays may count from 0 or from 1
