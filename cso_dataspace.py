@@ -2156,7 +2156,8 @@ class Query(NamedTuple):
     """What is asked: `collection` in any spelling, `start` to `end` naive UTC, `box` or None.
 
     `api` is opensearch, odata, stac or auto; `server_box` says whether the service filters by
-    area as well; `footprints` whether they are needed at all.
+    area as well; `footprints` whether they are needed at all; `selected` whether OData is asked for
+    the fields that are used only.
     """
 
     url: str
@@ -2168,6 +2169,7 @@ class Query(NamedTuple):
     api: str = "auto"
     server_box: bool = False
     footprints: bool = True
+    selected: bool = True
 
 
 def mission(collection):
@@ -2272,10 +2274,10 @@ class OData(Walked):
                   "$top": OData.page_size(query)}
         if skip:
             fields["$skip"] = skip
-        if mission(query.collection) == "SENTINEL-5P":
-            fields["$select"] = ",".join(select)
-        else:
+        if mission(query.collection) != "SENTINEL-5P":
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
+        elif query.selected:
+            fields["$select"] = ",".join(select)
         return Request(url_with(query.url + "/Products", **fields), None, since, skip)
 
     @staticmethod
@@ -2545,7 +2547,7 @@ def search(query, session):
     substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
     query = query._replace(api=api, url=query.url.rstrip("/"))
     try:
-        request, page = first_page(query, session, substitute)
+        query, request, page = first_page(query, session, substitute)
     except (HttpError, CatalogueError) as error:
         if not substitute:
             raise error if query.api != "opensearch" else CatalogueError(
@@ -2555,7 +2557,7 @@ def search(query, session):
         log.warning("%s; the OpenSearch service was retired in March 2026, so OData is asked "
                     "instead (set url to %s to be spared this message)", error, substitute)
         query = query._replace(api="odata", url=substitute)
-        request, page = first_page(query, session)
+        query, request, page = first_page(query, session)
     seen, barren = set(), 0
     while True:
         products, following = page
@@ -2574,10 +2576,18 @@ def search(query, session):
 
 
 def first_page(query, session, substitute=None):
-    """Return the first request and its page; with a substitute at hand, after two tries at most."""
+    """Return the query, its first request and page; with a substitute, after two tries at most.
+
+    A service that does not know one of the fields to select is asked for whole entries.
+    """
     request = ADAPTERS[query.api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
-    return request, turn_page(query, request, session, retry)
+    try:
+        return query, request, turn_page(query, request, session, retry)
+    except HttpError as error:
+        if error.status != 400 or "$select" not in request.url:
+            raise
+        return first_page(query._replace(selected=False), session, substitute)
 
 
 def turn_page(query, request, session, retry=None):

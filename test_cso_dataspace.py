@@ -4140,7 +4140,8 @@ class CatalogueTest(CatalogueCase):
                         self.search(space, api)
                     self.assertRegex(str(caught.exception), '400 Bad Request.*' + said)
                     self.assertNotIn('\n', str(caught.exception))
-                    self.assertEqual(space.count(api), 1)
+                    # OData is asked once more, without $select
+                    self.assertEqual(space.count(api), 2 if api == 'odata' else 1)
 
     def test_spellings_of_collections(self):
         kinds = {'1': 'IW_GRDH_1S', '2': 'S2MSI1C', '3': 'SR_2_WAT___', '5P': 'L2__O3____',
@@ -4184,6 +4185,16 @@ class CatalogueTest(CatalogueCase):
         query = dict(asked)['/v1/search']
         self.assertIn('sentinel-5p-l2-ch4-offl', query['collections'])
 
+    def test_a_service_that_does_not_select_is_asked_for_whole_entries(self):
+        with DataSpace(RECORDS) as space:
+            whole = self.names(space, {'producttype': 'L2__NO2___'})
+            before = len(space.requests)
+            space.faults.add('400', on='odata', times=1)
+            self.assertEqual(self.names(space, {'producttype': 'L2__NO2___'}), whole)
+            asked = ['$select' in urllib.parse.unquote(path)
+                     for _, path, _, _ in space.requests[before:]]
+            self.assertEqual(asked[:2] + asked[-1:], [True, False, False])
+
     def test_boxes_that_are_sent(self):
         day = datetime.datetime(2025, 1, 1)
         whole = (-180, -5, 180, 6)
@@ -4216,7 +4227,7 @@ class PagingTest(CatalogueCase):
         ('html', 1, {}, FULL), ('html', None, {}, ERROR), ('empty', 1, {}, FULL),
         ('json', None, {}, ERROR), ('cut-json', 1, {}, FULL),
         ('rst', 1, {}, FULL), ('drop', 1, {}, FULL), ('drop', None, {}, ERROR),
-        ('400', 1, {}, ERROR),
+        ('400', 2, {}, ERROR),
         ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL), ('empty-page', 1, {}, EITHER),
         ('empty-page', None, {}, ERROR), ('repeat', 1, {}, EITHER), ('repeat', None, {}, EITHER),
         ('repeat', None, {'same_link': True}, EITHER))
@@ -4473,7 +4484,7 @@ class RetiredTest(CatalogueCase):
 
     def test_when_odata_fails_too_it_is_an_error(self):
         self.retire('410')
-        self.space.faults.add('400', 'odata', text='Invalid value')
+        self.space.faults.add('400', 'odata', text='Invalid value', times=2)
         with self.assertRaisesRegex(cso.HttpError, 'odata.*Invalid value'):
             self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
 
