@@ -2616,7 +2616,6 @@ def odata_beside(url):
 
 COLUMNS = ("orbit", "start_time", "end_time", "processing", "collection", "processor_version",
            "filename", "href")
-FURTHER_COLUMNS = ("size", "md5", "overlap", "product_id", "producttype", "published")
 
 
 class Row(NamedTuple):
@@ -3280,7 +3279,6 @@ class Options:
 
     def __init__(self, settings, rcbase=""):
         self.settings, self.rcbase = settings, rcbase
-        self.warn_of_misspelt()
 
     def get(self, name, totype="str", default=REQUIRED):
         """Return the value of a setting, its default where it is absent or empty."""
@@ -3512,6 +3510,7 @@ def session_of(options, **others):
 
 def list_rows(options, session):
     """Return the rows of an inquiry, newest first, and their geometries where they are written."""
+    options.warn_of_misspelt()
     query = query_of(options)
     download_url = options.get("download_url", default=DOWNLOAD_URL)
     if "{product_id}" not in download_url:
