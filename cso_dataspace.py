@@ -2705,14 +2705,16 @@ def checked_row(header, fields):
     return row._replace(md5=md5_text(row.md5))
 
 
-def write_geojson(products, path, dmode=None):
-    """Write (row, geometry) pairs as a FeatureCollection of RFC 7946, cut at the antimeridian."""
-    features = [{"type": "Feature", "id": row.product_id, "geometry": split_geometry(geometry),
-                 "properties": {name: getattr(row, name) for name in Row._fields}}
-                for row, geometry in products]
+def write_geojson(pairs, path, dmode=None):
+    """Write the pairs of Row and geometry, a JSON text, as a FeatureCollection of RFC 7946."""
     make_directories(os.path.dirname(path), dmode)
     with replacing(path) as out:
-        json.dump({"type": "FeatureCollection", "features": features}, out)
+        out.write('{"type": "FeatureCollection", "features": [')
+        for number, (row, geometry) in enumerate(pairs):
+            feature = json.dumps({"type": "Feature", "id": row.product_id,
+                                  "properties": row._asdict()})
+            out.write('%s%s, "geometry": %s}' % (",\n" if number else "", feature[:-1], geometry))
+        out.write("]}\n")
 
 
 ################ Downloads ################
@@ -3509,7 +3511,10 @@ def session_of(options, **others):
 
 
 def list_rows(options, session):
-    """Return the rows of an inquiry, newest first, and their geometries where they are written."""
+    """Return the rows of an inquiry, newest first, and a dict of all rows and their geometries.
+
+    These are JSON texts, where output.geojson asks for them.
+    """
     options.warn_of_misspelt()
     query = query_of(options)
     download_url = options.get("download_url", default=DOWNLOAD_URL)
@@ -3519,8 +3524,10 @@ def list_rows(options, session):
     best = options.get("best", "bool", False)
     keep_geometry = bool(options.get("output.geojson", default=""))
     found = in_area(in_period(search(query, session), query), query, minimum)
+    # kept as text: decoded, the points of a long list would take five times the memory
     pairs = ((row_of(product, download_url, fraction),
-              product.geometry if keep_geometry else None) for product, fraction in found)
+              json.dumps(split_geometry(product.geometry)) if keep_geometry else None)
+             for product, fraction in found)
     geometries = {}
     for row, geometry in selected(pairs, options):
         geometries[row] = geometry
