@@ -2664,8 +2664,9 @@ def write_table(rows, path, columns=COLUMNS, dmode=None):
     with replacing(path) as out:
         writer = csv.writer(out, delimiter=";", lineterminator="\n")
         writer.writerow(columns)
-        places = [Row._fields.index(name) for name in columns]
-        writer.writerows([row[place] for place in places] for row in rows)
+        picked = operator.attrgetter(*columns) if len(columns) > 1 else (
+            lambda row: [getattr(row, columns[0])])
+        writer.writerows(map(picked, rows))
 
 
 def read_table(path):
