@@ -2138,9 +2138,10 @@ class Slots:
 ################ Catalogues ################
 
 # An adapter does no input or output: first(query) gives the first Request, parse(page, query,
-# request) the products of a decoded page and the next Request or None.  OData and OpenSearch
-# refuse to skip more than 10,000 and stop linking there, so their lists are walked by start time:
-# the next page begins at the last start seen, and the ids seen before are dropped by search().
+# request) the products of a decoded page, None if it is no page of products, and the next Request
+# or None.  OData and OpenSearch refuse to skip more than 10,000 and stop linking there, so their
+# lists are walked by start time: the next page begins at the last start seen, and the ids seen
+# before are dropped by search().
 
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
 PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
@@ -2423,11 +2424,15 @@ class Stac:
     @staticmethod
     def parse(page, query, request):
         if "collections" in page:
-            known = (request.since or []) + page["collections"]
+            before = request.since or []
+            known = before + [one for one in page["collections"] if one not in before]
             following = Stac.following(page, request)
+            if following and len(known) == len(before):
+                raise CatalogueError("%s: a page of collections brings nothing new while more is "
+                                     "announced" % shown(request.url))
             if following:
-                return [], following._replace(since=known, skip=request.skip)
-            return [], Stac.search_known(known, query, request)
+                return None, following._replace(since=known, skip=request.skip)
+            return None, Stac.search_known(known, query, request)
         if page.get("type") != "FeatureCollection" or not isinstance(page.get("features"), list):
             raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
         products = [Stac.product(item) for item in page["features"]]
@@ -2561,13 +2566,14 @@ def search(query, session):
     seen, barren = set(), 0
     while True:
         products, following = page
-        fresh = [product for product in products if product.product_id not in seen]
+        fresh = [product for product in products or () if product.product_id not in seen]
         seen.update(product.product_id for product in fresh)
         yield from fresh
         if following is None:
             return
         # In a walk one page in a row may bring nothing new: the start time it begins with.
-        barren = 0 if fresh else barren + 1
+        if products is not None:
+            barren = 0 if fresh else barren + 1
         if barren > (0 if products and query.api == "stac" else 1):
             raise CatalogueError("%s: page after page brings nothing new while more is announced; "
                                  "the list can't be completed, try again later"
@@ -2596,7 +2602,7 @@ def turn_page(query, request, session, retry=None):
     page = session.read_json(request, retry)
     try:
         products, following = ADAPTERS[query.api].parse(page, query, request)
-        for product in products:
+        for product in products or ():
             safe_name(product.filename)
             "".join((product.product_id, product.producttype, product.orbit, product.processing,
                      product.published)).encode("utf-8")        # texts, and such as can be written
@@ -2674,7 +2680,7 @@ def read_table(path):
 
     Raises TableError with the line of the first row that is broken.
     """
-    lines = None
+    lines = csv.reader(())
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
             lines = csv.reader(text, delimiter=";", strict=True)
@@ -2808,8 +2814,9 @@ class Part:
             self.write(data)
 
     def flush(self):
-        with file_errors(self.path):
-            self.file.flush()
+        if self.file:           # not where it could not be begun again
+            with file_errors(self.path):
+                self.file.flush()
 
     def finish(self):
         """Close the file, with its errors: some file systems report a quota only now."""

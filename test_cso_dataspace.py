@@ -4207,6 +4207,30 @@ class CatalogueTest(CatalogueCase):
             with self.subTest(area):
                 self.assertEqual(cso.wider_boxes(query), boxes)
 
+    def test_a_list_of_collections_in_many_pages(self):
+        """Each page of it is no page of products that brings nothing new."""
+        next_link = [{'rel': 'next', 'href': 'collections?page=2'}]
+        none = {'type': 'FeatureCollection', 'features': []}
+        many = [{'collections': [{'id': 'sentinel-2-' + name}], 'links': next_link}
+                for name in 'abc'] + [{'collections': [{'id': 'sentinel-2-d'}]}, none]
+        again = [dict(many[0]), dict(many[0]), none]
+        day = datetime.datetime(2025, 1, 1)
+        query = cso.Query('http://127.0.0.1/v1', 'Sentinel2', '', day, day)
+        for pages, raised in ((many, False), (again, True)):
+            asked = []
+
+            class Pages:
+                retry = cso.Retry(1)
+                note = staticmethod(asked.append)
+
+                def read_json(self, request, retry=None):
+                    return pages.pop(0)
+            with self.subTest(raised=raised), contextlib.ExitStack() as stack:
+                if raised:
+                    stack.enter_context(self.assertRaisesRegex(cso.CatalogueError, 'nothing new'))
+                self.assertEqual(list(cso.search(query, Pages())), [])
+                self.assertIn('sentinel-2-a,sentinel-2-b,sentinel-2-c,sentinel-2-d', asked[-1].url)
+
     def test_links_of_stac_that_are_merged(self):
         link = {'rel': 'next', 'href': 'search', 'method': 'POST', 'body': {'token': 'x'}}
         request = cso.Request('http://127.0.0.1/v1/search', {'limit': 5})
@@ -5962,6 +5986,20 @@ class DownloadTest(DownloadCase):
                 return io.BufferedWriter(Disk(path, "w"))
             return open(path, mode, *args, **kwargs)
         return mock.patch.object(cso, "open", fake, create=True)
+
+    def test_a_part_that_cannot_be_begun_again_is_an_error_of_its_own(self):
+        opened = []
+
+        def fake(path, mode="r", *args, **kwargs):
+            opened.extend([path] if mode == "xb" else [])
+            if len(opened) == 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return open(path, mode, *args, **kwargs)
+        with DataSpace(ORBITS) as space:
+            switch_on(space, "fin at=8000, ignore-range")
+            with mock.patch.object(cso, "open", fake, create=True), \
+                    self.assertRaisesRegex(cso.FileError, os.strerror(errno.EIO)):
+                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
 
     def test_a_full_disk_ends_the_batch(self):
         for number in (errno.ENOSPC, errno.EDQUOT):
