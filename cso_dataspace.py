@@ -427,8 +427,12 @@ class Settings:
     def __contains__(self, key):
         return key in self.places
 
+    def find(self, rcbase, name):
+        """Return the first key that is there of those that a setting may have, or None."""
+        return next((key for key in candidates(rcbase, name) if key in self), None)
+
     def place(self, key):
-        """Return where a key is defined, as file:line."""
+        """Return where a key is defined, as file:line; the file for a key that is not there."""
         return ":".join(str(part) for part in self.places.get(key, (self.filename,)) if part)
 
     def set(self, key, value, filename, lineno=0):
@@ -1435,8 +1439,11 @@ def may_see_token(url, trusted=()):
         return False            # urls that are read in more than one way
     if is_loopback(host):
         return parts.scheme in ("http", "https")
-    return parts.scheme == "https" and (
-        host == DOMAIN or host.endswith("." + DOMAIN) or host in trusted)
+    return parts.scheme == "https" and (is_data_space(host) or host in trusted)
+
+
+def is_data_space(host):
+    return host == DOMAIN or host.endswith("." + DOMAIN)
 
 
 def shown(url):
@@ -1531,10 +1538,9 @@ class Connections(urllib.request.AbstractHTTPHandler):
 
     def cut(self):
         for connected in list(self.sockets):
-            try:
+            # it may be closed by the other side, or by the thread that used it
+            with contextlib.suppress(OSError, ValueError):
                 connected.shutdown(socket.SHUT_RDWR)
-            except (OSError, ValueError):
-                pass            # closed by the other side, or by the thread that used it
 
 
 class Proxies(urllib.request.ProxyHandler):
@@ -2061,25 +2067,28 @@ class Session:
             return action()
         return retrying(what, unless_stopped, retry or self.retry, self.sleep)
 
+    def read(self, response, url):
+        """Return the whole body of a response, as bytes."""
+        return b"".join(chunks(response, url, self.timeout, self.clock, LARGEST_PAGE))
+
     def read_json(self, request, retry=None):
         """Return the decoded JSON object of a catalogue's answer; anything else is temporary."""
-        def read():
+        def ask():
             with self.http.open(request.url, headers, data) as response:
-                body = b"".join(chunks(response, request.url, self.timeout, self.clock,
-                                       LARGEST_PAGE))
+                body = self.read(response, request.url)
             return decode_json(body, request.url)
         headers, data = {"Accept": "application/json"}, None
         if request.body is not None:
             headers["Content-Type"] = "application/json"
             data = json.dumps(request.body).encode("utf-8")
-        return self.retrying("catalogue", read, retry)
+        return self.retrying("catalogue", ask, retry)
 
     def post(self, url, fields):
         """Return the body of the answer to a form, sent once: who needs the token tries again."""
         self.check_stop()
         data = urllib.parse.urlencode(fields, errors="surrogateescape").encode("ascii")
         with self.http.open(url, {}, data) as response:
-            return b"".join(chunks(response, url, self.timeout, self.clock, LARGEST_PAGE))
+            return self.read(response, url)
 
     def open(self, url, headers={}):
         """Return the open response for a url that may need the token, renewed once on a 401."""
@@ -2179,9 +2188,10 @@ def mission(collection):
     return MISSIONS.get(key, collection)
 
 
-def has_footprint(producttype):
-    """Return whether the catalogues draw footprints for a Sentinel-5P type (s5p: not for these)."""
-    return not producttype.startswith(("L1B_IR_", "AUX_", "L2__O3_TCL"))
+def has_footprint(collection, producttype):
+    """Return whether all catalogues draw footprints for a product type."""
+    return mission(collection) != "SENTINEL-5P" or not producttype.startswith(
+        ("L1B_IR_", "AUX_", "L2__O3_TCL"))
 
 
 def longest_product(query):
@@ -2327,6 +2337,14 @@ class OData(Walked):
             value.get("GeoFootprint") or geometry_from_wkt(value.get("Footprint")))
 
 
+def features_of(page, request):
+    """Return the features of a GeoJSON page; raise CatalogueError where it is none."""
+    features = page.get("features")
+    if page.get("type") != "FeatureCollection" or not isinstance(features, list):
+        raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
+    return features
+
+
 class OpenSearch(Walked):
     """https://catalogue.dataspace.copernicus.eu/resto/api, switched off on 2 March 2026"""
 
@@ -2351,10 +2369,7 @@ class OpenSearch(Walked):
 
     @staticmethod
     def parse(page, query, request):
-        features = page.get("features")
-        if page.get("type") != "FeatureCollection" or not isinstance(features, list):
-            raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
-        products = [OpenSearch.product(feature) for feature in features]
+        products = [OpenSearch.product(feature) for feature in features_of(page, request)]
         links = (page.get("properties") or {}).get("links") or []
         announced = any(link.get("rel") == "next" for link in links)
         place = next_in_walk(products, announced, query, request, PAGE["opensearch"])
@@ -2433,9 +2448,7 @@ class Stac:
             if following:
                 return None, following._replace(since=known, skip=request.skip)
             return None, Stac.search_known(known, query, request)
-        if page.get("type") != "FeatureCollection" or not isinstance(page.get("features"), list):
-            raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
-        products = [Stac.product(item) for item in page["features"]]
+        products = [Stac.product(item) for item in features_of(page, request)]
         following = Stac.following(page, request)
         if not products and not following and request.skip == 0:
             following = Request(query.url + COLLECTIONS, skip=1)
@@ -2666,13 +2679,17 @@ def newest_first(rows):
 
 def write_table(rows, path, columns=COLUMNS, dmode=None):
     """Write the rows as csv, beside and renamed: the old table or the new one, never a part."""
+    picked = operator.attrgetter(*columns) if len(columns) > 1 else (
+        lambda row: [getattr(row, columns[0])])
     make_directories(os.path.dirname(path), dmode)
+    write_csv(path, columns, map(picked, rows))
+
+
+def write_csv(path, header, lines):
     with replacing(path) as out:
         writer = csv.writer(out, delimiter=";", lineterminator="\n")
-        writer.writerow(columns)
-        picked = operator.attrgetter(*columns) if len(columns) > 1 else (
-            lambda row: [getattr(row, columns[0])])
-        writer.writerows(map(picked, rows))
+        writer.writerow(header)
+        writer.writerows(lines)
 
 
 def read_table(path):
@@ -2733,7 +2750,6 @@ SAME_BODY = 3                   # so many equal wrong bodies are not chance: no 
 
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
 SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
-
 
 PART_ENDING = re.compile(r"\.(.+)-(\d+)-\d+\.part$")
 
@@ -2993,7 +3009,7 @@ def store(response, body, task, part, on_bytes, session):
         if wrong:
             raise CheckError("%s: the service sent %s%s" % (
                 os.path.basename(task.path), wrong,
-                ": " + service_message(first[:4096]) if b"\0" not in first[:4096] else ""))
+                ": " + service_message(first) if b"\0" not in first[:4096] else ""))
         if part.count:
             part.reset()
     part.etag = etag if etag.startswith('"') else None      # only a strong one names the bytes
@@ -3169,8 +3185,7 @@ def described(task, session, retry=None):
 
 def catalogue_of(href):
     """Return the OData base that describes a download url: the catalogue's for the Data Space."""
-    host = host_of(href)
-    if href.startswith("s3:") or host == DOMAIN or host.endswith("." + DOMAIN):
+    if href.startswith("s3:") or is_data_space(host_of(href)):
         return CATALOGUE_URL + "/odata/v1"
     return href.partition("/Products(")[0]
 
@@ -3238,12 +3253,14 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
         left = len(tasks)
         while left:
             idle()
-            with contextlib.suppress(queue.Empty):
+            try:
                 outcome = done.get(timeout=0.1)
-                if isinstance(outcome, Exception):
-                    raise outcome
-                left -= 1
-                yield outcome
+            except queue.Empty:
+                continue
+            if isinstance(outcome, Exception):
+                raise outcome
+            left -= 1
+            yield outcome
     except BaseException:
         waiting.clear()
         session.stop()
@@ -3292,12 +3309,9 @@ class Options:
 
     def get(self, name, totype="str", default=REQUIRED):
         """Return the value of a setting, its default where it is absent or empty."""
-        for key in candidates(self.rcbase, name):
-            if key in self.settings:
-                value = self.settings.get(key, "str")
-                if value.strip() or default is REQUIRED:
-                    return self.settings.get(key, totype)
-                return default
+        key = self.settings.find(self.rcbase, name)
+        if key is not None and (default is REQUIRED or self.settings.get(key, "str").strip()):
+            return self.settings.get(key, totype)
         if default is REQUIRED:
             raise SettingsError("%s: this setting is missing; expected a line '%s : ...'" % (
                 name, candidates(self.rcbase, name)[0]), self.settings.filename)
@@ -3305,9 +3319,8 @@ class Options:
 
     def wrong(self, name, message):
         """Return the error for a setting, with its place."""
-        places = [self.settings.place(key) for key in candidates(self.rcbase, name)
-                  if key in self.settings] + [self.settings.filename]
-        return SettingsError("%s: %s" % (name, message), places[0])
+        place = self.settings.place(self.settings.find(self.rcbase, name))
+        return SettingsError("%s: %s" % (name, message), place)
 
     def choice(self, name, choices, default):
         value = self.get(name, default=default)
@@ -3326,10 +3339,10 @@ class Options:
         prefix = self.rcbase + "." if self.rcbase else ""
         for key in self.settings.keys():
             name = key[len(prefix):] if key.startswith(prefix) else ""
-            near = difflib.get_close_matches(name, SETTINGS, 1, 0.85) if name else []
-            if near and near[0] != name:
+            meant = difflib.get_close_matches(name, SETTINGS, 1, 0.85) if name else []
+            if meant and meant[0] != name:
                 log.warning("%s: %s is no setting of this program and is ignored; is %s meant?",
-                            self.settings.place(key), key, near[0])
+                            self.settings.place(key), key, meant[0])
 
 
 def query_of(options):
@@ -3354,7 +3367,7 @@ def query_of(options):
     producttype = known_producttype(options, collection)
     kind = "local" if collection == "SENTINEL-5P" else "server"
     server = options.choice("area.filter", ["local", "server"], kind) == "server"
-    drawn = collection != "SENTINEL-5P" or has_footprint(producttype)
+    drawn = has_footprint(collection, producttype)
     needed = drawn and box is not None or bool(options.get("output.geojson", default=""))
     return Query(url, collection, producttype, start, end, box, api, server and drawn, needed)
 
@@ -3363,11 +3376,11 @@ def known_collection(options):
     """Return the collection in the catalogue's spelling; both spellings are taken."""
     collection = options.get("collection")
     name = mission(collection)
-    near = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
-    if near and name != near[0] or not re.match(r"[\w.-]+$", name):
+    meant = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
+    if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
         raise options.wrong("collection", "%r is unknown; expected %s" % (
-            collection, " or ".join([near[0].replace("SENTINEL-", "Sentinel"), near[0]])
-            if near else "a name such as Sentinel5P"))
+            collection, " or ".join([meant[0].replace("SENTINEL-", "Sentinel"), meant[0]])
+            if meant else "a name such as Sentinel5P"))
     return name
 
 
@@ -3424,10 +3437,10 @@ def in_period(products, query):
 def in_area(products, query, minimum):
     """Yield (product, covered fraction of the area or None) for those that overlap the area."""
     tally = Tally("area")
-    drawn = mission(query.collection) != "SENTINEL-5P" or has_footprint(query.producttype)
+    tested = query.box is not None and has_footprint(query.collection, query.producttype)
     for product in products:
         fraction = None
-        if query.box is not None and drawn:
+        if tested:
             overlaps, fraction = box_overlap(product.geometry, list(query.box))
             if fraction is None:
                 tally.unknown += 1
@@ -3439,7 +3452,7 @@ def in_area(products, query, minimum):
                 continue
         tally.kept += 1
         yield product, fraction
-    if query.box is not None and drawn:
+    if tested:
         log.log(logging.WARNING if tally.unknown else logging.INFO, "%s", tally)
 
 
@@ -3505,7 +3518,7 @@ def best_rows(rows):
     return kept
 
 
-def session_of(options, **others):
+def session_of(options):
     """Return the Session that the settings ask for."""
     retry = Retry(options.number("download.maxtry", "int", 10, 1),
                   options.number("download.nsec_wait", "float", 5.0, 0, 1e6),
@@ -3515,7 +3528,7 @@ def session_of(options, **others):
         raise options.wrong("trusted_hosts", "expected names of hosts, such as zipper.creodias.eu")
     return Session(options.number("timeout", "float", 60.0, 0.01, 1e6), retry, trusted,
                    options.get("token_url", default=None),
-                   options.number("download.connections", "int", 4, 1, 20), **others)
+                   options.number("download.connections", "int", 4, 1, 20))
 
 
 def list_rows(options, session):
@@ -3557,6 +3570,13 @@ def table_columns(options):
     return columns
 
 
+def dmode_of(options):
+    try:
+        return directory_mode(options.get("dmode", default=None))
+    except SettingsError as error:
+        raise options.wrong("dmode", str(error).partition(": ")[2]) from None
+
+
 def inquire(settings, rcbase="", session=None, today=None):
     """Write the table that the settings ask for and return its rows, newest first.
 
@@ -3567,11 +3587,7 @@ def inquire(settings, rcbase="", session=None, today=None):
     today = today or datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
     path = expand_time(options.get("output.file"), today)
     geojson = expand_time(options.get("output.geojson", default=""), today)
-    columns = table_columns(options)
-    try:
-        dmode = directory_mode(options.get("dmode", default=None))
-    except SettingsError as error:
-        raise options.wrong("dmode", str(error).partition(": ")[2]) from None
+    columns, dmode = table_columns(options), dmode_of(options)
     rows, geometries = list_rows(options, session or session_of(options))
     write_table(rows, path, columns, dmode)
     log.info("%s: %d products", path, len(rows))
@@ -3677,7 +3693,7 @@ class UtopyaRc:
         if self.rcf is None:
             raise SettingsError("setting %r: no settings file is read yet; call InitRc" % name)
         for key in candidates(self.rcbase, name):
-            if self.rcf.has_key(key):
+            if self.rcf.has_key(key):       # of rcf by its own methods: a subclass may replace it
                 return self.rcf.get(key, totype, **kwargs)
         if "default" in kwargs:
             return kwargs["default"]
@@ -3935,7 +3951,7 @@ def command_run(args, screen):
     options = options_of(args)
     target = options.get("download.dir")
     fill_in(target, Row._make(["x"] * len(Row._fields))._replace(start_time="2018-07-01 00:00:00"))
-    dmode = directory_mode(options.get("dmode", default=None))
+    dmode = dmode_of(options)
     with session_of(options) as session:
         if args.dry_run:
             session.note = say_request
@@ -4021,11 +4037,8 @@ def write_report(ended, tasks, path):
     known = {outcome.filename for outcome in ended}
     missing = [Outcome(os.path.basename(task.path), "failed", message="not reached")
                for task in tasks if os.path.basename(task.path) not in known]
-    with replacing(path) as out:
-        writer = csv.writer(out, delimiter=";", lineterminator="\n")
-        writer.writerow(Outcome._fields)
-        for outcome in ended + missing:
-            writer.writerow(outcome._replace(seconds="%.1f" % outcome.seconds))
+    write_csv(path, Outcome._fields, (outcome._replace(seconds="%.1f" % outcome.seconds)
+                                      for outcome in ended + missing))
 
 
 def command_settings(args, screen):
@@ -4095,7 +4108,7 @@ def asked(base, session):
     probe = {"odata": "/Products?$top=1&$select=Id", "stac": "/collections?limit=1",
              "opensearch": "/collections/Sentinel5P/search.json?maxRecords=1"}[api_of(base)]
     with session.http.open(base + probe, {"Accept": "application/json"}) as response:
-        decode_json(b"".join(chunks(response, base, session.timeout)), base)
+        decode_json(session.read(response, base), base)
         return email.utils.parsedate_tz(response.headers.get("Date") or "")
 
 

@@ -6817,6 +6817,7 @@ class MainTest(Case):
                 (["run", self.rc, "--part", "3"], 2, "argument --part: '3' is not I/N"),
                 (["run", self.rc, "--set", "area=1,2,3"], 1, "--set area: area: four numbers"),
                 (["run", self.rc, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
+                (["run", self.rc, "--set", "dmode=abc"], 1, "--set dmode: dmode: 'abc' is no mode"),
                 (["download", broken], 1, "table.csv:2: 1 fields; the header has 2"),
                 (["download", "nosuch.csv"], 1, "nosuch.csv: can't be read"),
                 (["run"], 2, "RCFILE"), (["dowload"], 2, "invalid choice"), ([], 2, "COMMAND"),
