@@ -89,7 +89,6 @@ class Record(typing.NamedTuple):
     content: int = None             # bytes delivered; None: as the stand-in is told
     stated: int = None              # size stated instead of the true one, such as 0 or -1
     checksum: str = 'MD5'           # or '' (an empty list), or a text stated instead: 'N/A'
-    online: bool = True
 
     @property
     def stem(self):
@@ -653,6 +652,10 @@ class Answer:
         self.blocks = [b''.join(self.blocks)]
         return self.blocks[0]
 
+    @body.setter
+    def body(self, data):
+        self.blocks, self.length = [data], len(data)
+
     def keep(self, count):
         """Only the first `count` bytes will be sent."""
         self.blocks = first_bytes(self.blocks, count)
@@ -730,6 +733,9 @@ class Condition(typing.NamedTuple):
     high: str = '~'
 
 
+EVERYTHING = Condition(lambda record: True)
+
+
 def all_of(needs):
     return Condition(lambda record: all(need.test(record) for need in needs),
                      max(need.low for need in needs), min(need.high for need in needs))
@@ -743,18 +749,13 @@ def any_of(options):
 COMPARE = {'eq': operator.eq, 'ge': operator.ge, 'gt': operator.gt, 'le': operator.le,
            'lt': operator.lt}
 COLLECTIONS = ('SENTINEL-1', 'SENTINEL-2', 'SENTINEL-3', 'SENTINEL-5P', 'SENTINEL-6')
-TIMES = {'ContentDate/Start': 'start', 'ContentDate/End': 'end', 'PublicationDate': 'published',
-         'ModificationDate': 'published', 'OriginDate': 'published'}
-TEXT_TESTS = {'startswith': str.startswith, 'endswith': str.endswith, 'contains': str.__contains__}
+TIMES = {'ContentDate/Start': 'start', 'ContentDate/End': 'end', 'PublicationDate': 'published'}
 ATTRIBUTES = collections.OrderedDict((
     ('productType', lambda r: r.producttype),
     ('orbitNumber', lambda r: r.orbit),
     ('timeliness', lambda r: r.timeliness),
     ('platformShortName', lambda r: r.collection),
-    ('processingMode', lambda r: r.stream),
-    ('processingLevel', lambda r: r.stream and r.producttype[:3].rstrip('_')),
-    ('processorVersion', lambda r: r.stream and r.name[61:67].lstrip('0')),
-    ('baselineCollection', lambda r: r.stream and r.name[58:60])))
+    ('processingMode', lambda r: r.stream)))
 
 
 def unquoted(text):
@@ -774,24 +775,18 @@ def collection_condition(text):
     return Condition(lambda record: record.collection == unquoted(text))
 
 
-def text_condition(word, text):
-    return Condition(lambda record: TEXT_TESTS[word](record.name, unquoted(text)))
-
-
-def attribute_condition(kind, _, name, word, text):
-    wanted, compare = unquoted(text) if text[0] == "'" else float(text), COMPARE[word]
-    if (kind == 'String') != isinstance(wanted, str) or name not in ATTRIBUTES:
+def attribute_condition(_, name, text):
+    if name not in ATTRIBUTES:
         raise BadRequest('Invalid attribute: %s' % name)
-    known = ATTRIBUTES[name]
-    return Condition(lambda record: known(record) is not None and compare(known(record), wanted))
+    return Condition(lambda record: ATTRIBUTES[name](record) == unquoted(text))
 
 
 def area_condition(text):
-    found = re.match(r'SRID=4326;(POINT|POLYGON) ?\(+([-+.\deE, ]+)\)+$', text)
+    found = re.match(r'SRID=4326;POLYGON ?\(\(([-+.\deE, ]+)\)\)$', text)
     if not found:
         raise BadRequest('Invalid geography value: %s' % text)
-    points = [[float(number) for number in pair.split()] for pair in found.group(2).split(',')]
-    if found.group(1) == 'POLYGON' and (points[0] != points[-1] or len(points) < 4):
+    points = [[float(number) for number in pair.split()] for pair in found.group(1).split(',')]
+    if points[0] != points[-1] or len(points) < 4:
         raise BadRequest('Points of LinearRing do not form a closed linestring')
     return Condition(lambda record: meets_box(record.footprint, bounding_box(points)))
 
@@ -800,17 +795,14 @@ QUOTED = r"'(?:[^']|'')*'"
 ATOMS = (
     (r"Collection/Name eq (%s)" % QUOTED, collection_condition),
     (r"Name eq (%s)" % QUOTED, lambda text: Condition(lambda r: r.name == unquoted(text))),
-    (r"Online eq (true|false)", lambda text: Condition(lambda r: r.online == (text == 'true'))),
-    (r"(startswith|endswith|contains)\(Name, ?(%s)\)" % QUOTED, text_condition),
     (r"(%s) (eq|ge|gt|le|lt) ([\d:TZ.+-]+)" % '|'.join(TIMES), time_condition),
-    (r"Attributes/OData\.CSC\.(\w+)Attribute/any\((\w+): ?\2/Name eq '(\w+)' and "
-     r"\2/OData\.CSC\.\1Attribute/Value (eq|ge|gt|le|lt) (%s|[-\d.]+)\)" % QUOTED,
-     attribute_condition),
+    (r"Attributes/OData\.CSC\.StringAttribute/any\((\w+): ?\1/Name eq '(\w+)' and "
+     r"\1/OData\.CSC\.StringAttribute/Value eq (%s)\)" % QUOTED, attribute_condition),
     (r"OData\.CSC\.Intersects\(area=geography'([^']*)'\)", area_condition))
 
 
 class FilterText:
-    """The $filter grammar by recursive descent: or, and, not, parentheses, atoms."""
+    """The $filter grammar by recursive descent: or, and, parentheses, atoms."""
 
     def __init__(self, text):
         self.rest = text.strip()
@@ -821,10 +813,13 @@ class FilterText:
         return found
 
     def parse(self):
-        whole = self.chain('or', any_of, lambda: self.chain('and', all_of, self.single))
+        whole = self.either()
         if self.rest:
             raise BadRequest('Invalid field: %s' % self.rest.split()[0])
         return whole
+
+    def either(self):
+        return self.chain('or', any_of, lambda: self.chain('and', all_of, self.single))
 
     def chain(self, word, combine, part):
         links = [part()]
@@ -833,11 +828,8 @@ class FilterText:
         return combine(links)
 
     def single(self):
-        if self.take(r'not\b\s*'):
-            inner = self.single()
-            return Condition(lambda record: not inner.test(record))
         if self.take(r'\(\s*'):
-            inner = self.chain('or', any_of, lambda: self.chain('and', all_of, self.single))
+            inner = self.either()
             if not self.take(r'\s*\)'):
                 raise BadRequest('Invalid filter: ) is missing')
             return inner
@@ -878,7 +870,7 @@ ODATA_FIELDS = collections.OrderedDict((
     ('OriginDate', lambda space, r: r.published),
     ('PublicationDate', lambda space, r: r.published),
     ('ModificationDate', lambda space, r: r.published),
-    ('Online', lambda space, r: r.online),
+    ('Online', lambda space, r: True),
     ('EvictionDate', lambda space, r: '9999-12-31T23:59:59.999999Z'),
     ('S3Path', lambda space, r: s3_path(r)),
     ('Checksum', odata_checksums),
@@ -938,9 +930,9 @@ def odata_page(space, request):
     order = re.match(r'(%s|)( asc| desc|)$' % '|'.join(TIMES), request.query.get('$orderby', ''))
     if not order:
         raise BadRequest('Invalid $orderby value: %s' % request.query['$orderby'])
-    text = request.query.get('$filter') or 'Online eq true or Online eq false'
-    matches = space.matches(text, FilterText(text).parse(), TIMES.get(order.group(1), 'id'),
-                            order.group(2) == ' desc')
+    text = request.query.get('$filter')
+    matches = space.matches(text, FilterText(text).parse() if text else EVERYTHING,
+                            TIMES.get(order.group(1), 'id'), order.group(2) == ' desc')
     records, following = records_of_page(space, request, matches, skip, top)
     page = odata_context(request)
     if request.query.get('$count', '').lower() == 'true':
@@ -987,22 +979,19 @@ def logout_endpoint(space, request):
 class Tokens:
     """Who holds which token, and until when by the clock of the stand-in."""
 
-    def __init__(self, clock, users, totp, expires_in, refresh_expires_in, login_status,
-                 revoke_on_refresh):
+    def __init__(self, clock, users, totp, expires_in, refresh_expires_in):
         self.clock, self.users, self.totp = clock, users, totp
         self.expires_in, self.refresh_expires_in = expires_in, refresh_expires_in
-        self.login_status, self.revoke_on_refresh = login_status, revoke_on_refresh
         self.lock = threading.Lock()
         self.access, self.renewal = {}, {}          # token: (session, end)
-        self.made = self.logins = self.refreshes = self.logouts = self.refused = 0
+        self.made = self.logins = self.refreshes = self.logouts = 0
 
     def login(self, fields):
         code = self.totp() if callable(self.totp) else self.totp
         with self.lock:
             if (fields.get('username'), fields.get('password')) not in self.users.items() or (
                     code and fields.get('totp') != code):
-                self.refused += 1
-                return oauth_error(self.login_status, 'invalid_grant', 'Invalid user credentials')
+                return oauth_error(401, 'invalid_grant', 'Invalid user credentials')
             self.logins += 1
             return self.give('session-%d' % self.logins)
 
@@ -1012,8 +1001,6 @@ class Tokens:
             if session is None or end <= self.clock():
                 return oauth_error(400, 'invalid_grant', 'Token is not active')
             self.refreshes += 1
-            if self.revoke_on_refresh:
-                self.drop(session)
             return self.give(session)
 
     def logout(self, text):
@@ -1022,23 +1009,19 @@ class Tokens:
             if session is None:
                 return oauth_error(400, 'invalid_grant', 'Invalid refresh token')
             self.logouts += 1
-            self.drop(session)
+            self.access = {text: held for text, held in self.access.items() if held[0] != session}
             return Answer(status=204)
-
-    def drop(self, session):
-        for text in [text for text, (owner, _) in self.access.items() if owner == session]:
-            del self.access[text]
 
     def give(self, session):
         self.made += 1
         access, renewal = ('eyJ.%s.%s.%d' % (kind, session, self.made) for kind in 'ar')
         self.access[access] = session, self.clock() + self.expires_in
-        self.renewal[renewal] = session, self.clock() + (self.refresh_expires_in or 3600)
-        fields = {'access_token': access, 'expires_in': self.expires_in,
-                  'refresh_expires_in': self.refresh_expires_in, 'refresh_token': renewal,
-                  'token_type': 'Bearer', 'not-before-policy': 0, 'session_state': session,
-                  'scope': 'AUDIENCE_PUBLIC openid email profile ondemand_processing user-context'}
-        return json_answer({name: value for name, value in fields.items() if value is not None})
+        self.renewal[renewal] = session, self.clock() + self.refresh_expires_in
+        return json_answer({
+            'access_token': access, 'expires_in': self.expires_in, 'refresh_token': renewal,
+            'refresh_expires_in': self.refresh_expires_in, 'token_type': 'Bearer',
+            'not-before-policy': 0, 'session_state': session,
+            'scope': 'AUDIENCE_PUBLIC openid email profile ondemand_processing user-context'})
 
     def refusal(self, header):
         """The answer to a missing, foreign or old bearer token; None for a good one."""
@@ -1117,10 +1100,6 @@ def resto_invalid(names, text):
     return Refused(resto_refusal(400, 'Validation error.', [{'loc': names, 'msg': text}]))
 
 
-def field_is(name):
-    return lambda text: Condition(lambda record: getattr(record, name) == text)
-
-
 def resto_box(text):
     box = [float(number) for number in text.split(',')]
     return Condition(lambda record: meets_box(record.footprint, box))
@@ -1132,37 +1111,15 @@ def resto_geometry(text):
     return Condition(lambda record: meets_box(record.footprint, box))
 
 
-def resto_orbit(text):
-    found = re.match(r'\[?(\d+)(?:,(\d+)([\[\]]))?$', text)
-    if not found:
-        raise BadRequest("Proper value types for specified attribute query parameters are: "
-                         "'orbitNumber'-integer")
-    low, high, edge = found.groups()
-    return Condition(lambda r: int(low) <= r.orbit <= int(high or low) - (edge == '['))
-
-
-def resto_status(text):
-    if text not in ('ONLINE', 'OFFLINE', 'ALL'):
-        raise BadRequest("Input should be 'ONLINE', 'OFFLINE' or 'ALL'.")
-    return Condition(lambda record: text == 'ALL' or record.online == (text == 'ONLINE'))
-
-
 # A product is found if it lies within startDate and completionDate: containment, not overlap.
 RESTO_TESTS = {
     'startDate': lambda text: Condition(lambda r: r.start >= as_time(text), low=as_time(text)),
     'completionDate': lambda text: Condition(lambda r: r.end <= as_time(text), high=as_time(text)),
-    'publishedAfter': lambda text: Condition(lambda r: r.published >= as_time(text)),
-    'publishedBefore': lambda text: Condition(lambda r: r.published <= as_time(text)),
-    'productType': field_is('producttype'), 'identifier': field_is('id'),
-    'timeliness': field_is('timeliness'), 'orbitNumber': resto_orbit, 'status': resto_status,
-    'productIdentifier': lambda text: Condition(lambda record: s3_path(record) == text),
+    'productType': lambda text: Condition(lambda record: record.producttype == text),
     'box': resto_box, 'geometry': resto_geometry}
-RESTO_IGNORED = set(
-    'maxRecords page index sortParam sortOrder exactCount processingLevel platform instrument '
-    'sensorMode relativeOrbitNumber orbitDirection processingBaseline cloudCover lon lat radius '
-    'published updated'.split())
-RESTO_ORDER = {'startDate': 'start', 'completionDate': 'end', 'published': 'published',
-               'updated': 'published', None: 'id'}
+RESTO_NUMBERS = ('maxRecords', 20, 2000), ('page', 1, None), ('index', 1, 10001)
+RESTO_NAMES = set(RESTO_TESTS) | set('maxRecords page index sortParam sortOrder exactCount'.split())
+RESTO_ORDER = {'startDate': 'start', 'completionDate': 'end', None: 'id'}
 
 
 def resto_retired(space, request):
@@ -1180,8 +1137,7 @@ def resto_retired(space, request):
 
 
 def resto_condition(request, collection):
-    unknown = [name for name in request.query
-               if name not in RESTO_IGNORED and name not in RESTO_TESTS]
+    unknown = sorted(set(request.query) - RESTO_NAMES)
     if unknown:
         raise Refused(resto_refusal(400, 'Unknown query parameter(s).', {
             'loc': unknown, 'msg': 'Query parameters do not exist.'}))
@@ -1197,7 +1153,7 @@ def resto_condition(request, collection):
 def resto_numbers(query):
     """How many to skip, and maxRecords."""
     numbers = {}
-    for name, default, high in (('maxRecords', 20, 2000), ('page', 1, None), ('index', 1, 10001)):
+    for name, default, high in RESTO_NUMBERS:
         text = query.get(name, str(default))
         if not text.isdigit():
             raise resto_invalid([name], 'Input should be a valid integer.')
@@ -1207,9 +1163,7 @@ def resto_numbers(query):
     skip = (numbers['page'] - 1) * numbers['maxRecords'] + numbers['index'] - 1
     if not 0 <= skip <= 10000:
         raise resto_invalid(['page', 'maxRecords', 'index'], (
-            "The '(page - 1) * maxRecords + index - 1' should be less than 10000. By default, "
-            "'maxRecords' is set to 20, while both 'page' and 'index' are set to 1 if not "
-            "specified."))
+            "The '(page - 1) * maxRecords + index - 1' should be less than 10000."))
     return skip, numbers['maxRecords']
 
 
@@ -1225,8 +1179,7 @@ def resto_search(space, request):
     query, condition = request.query, resto_condition(request, collection)
     skip, most = resto_numbers(query)
     if query.get('sortParam') not in RESTO_ORDER:
-        raise resto_invalid(['sortParam'], 'Input should be startDate, completionDate, published '
-                                           'or updated.')
+        raise resto_invalid(['sortParam'], 'Input should be startDate or completionDate.')
     asked = {name: value for name, value in request.pairs if name in RESTO_TESTS}
     asked['collection'] = collection
     matches = space.matches(json.dumps(asked), condition, RESTO_ORDER[query.get('sortParam')],
@@ -1257,7 +1210,7 @@ def resto_feature(space, request, record):
     """A product as OpenSearch wrote it."""
     version = record.name[61:67] if record.stream else ''
     return {'type': 'Feature', 'id': record.id, 'geometry': record.footprint, 'properties': {
-        'collection': record.collection, 'status': 'ONLINE' if record.online else 'OFFLINE',
+        'collection': record.collection, 'status': 'ONLINE',
         'license': {'licenseId': 'unlicensed', 'hasToBeSigned': 'never', 'viewService': 'public',
                     'signatureQuota': -1, 'description': {'shortName': 'No license'}},
         'productIdentifier': s3_path(record), 'parentIdentifier': None, 'title': record.name,
@@ -1353,10 +1306,6 @@ def stac_assets(space, request, record):
     return {'netcdf': asset}
 
 
-def stac_error(status, code, text):
-    return json_answer({'code': code, 'description': text}, status)
-
-
 def stac_document(request, name, producttypes):
     return {'type': 'Collection', 'stac_version': '1.1.0', 'id': name, 'title': name,
             'description': 'This Collection provides ' + name, 'license': 'other',
@@ -1372,33 +1321,20 @@ def stac_collections(space, request):
                         'links': []})
 
 
-def stac_one(space, request):
-    name, known = request.names[0], space.stac_collections()
-    if name not in known:
-        return stac_error(404, 'NotFoundError', 'Collection %s does not exist.' % name)
-    return json_answer(stac_document(request, name, known[name]))
-
-
 FIRST_PAGE = 'bmV4dDow'             # next:0 in base64
 
 
 def stac_search(space, request):
     """A page of /v1/search, asked by GET or POST."""
-    try:
-        search = json.loads(request.body.decode()) if request.method == 'POST' else request.query
-        limit = int(search.get('limit', 10))
-    except ValueError as error:
-        return stac_error(400, 'RequestValidationError', str(error))
-    try:
-        skip = int(base64.urlsafe_b64decode(search.get('token', FIRST_PAGE)).decode()[5:])
-    except ValueError:
-        return Answer(b'Internal Server Error', 500, 'text/plain; charset=utf-8')
+    search = json.loads(request.body.decode()) if request.method == 'POST' else request.query
+    skip = int(base64.urlsafe_b64decode(search.get('token', FIRST_PAGE)).decode()[5:])
+    limit = int(search.get('limit', 10))
     tests = [Condition(lambda record: stac_collection(record) is not None)]
     tests += [STAC_TESTS[name](search[name]) for name in sorted(STAC_TESTS) if search.get(name)]
     text = json.dumps([search.get(name) for name in sorted(STAC_TESTS)])
     matches = space.matches(text, all_of(tests), *stac_order(search.get('sortby')))
     records, following = records_of_page(space, request, matches, skip, limit)
-    items = [chosen_fields(stac_item(space, request, record), search.get('fields'))
+    items = [without(stac_item(space, request, record), search.get('fields'))
              for record in records]
     links = [{'rel': 'self', 'href': request.base + request.target}]
     if following is not None:
@@ -1408,7 +1344,7 @@ def stac_search(space, request):
 
 
 def stac_next(space, request, search, following):
-    """The next link: by GET, or by POST with the whole body where asked so or told so."""
+    """The next link: by GET, or by POST with the whole body."""
     word = base64.urlsafe_b64encode(b'next:%d' % following).decode()
     link = {'rel': 'next', 'type': 'application/geo+json'}
     if request.method == 'GET' and space.stac_next == 'GET':
@@ -1441,53 +1377,35 @@ def stac_area(value):
         stac_geometry(record), box)) for line in lines])
 
 
-def stac_filter(value):
-    """product:type = 'X', in cql2-text or cql2-json; with `and` where there are more."""
-    if isinstance(value, dict):
-        needs = value['args'] if value['op'] == 'and' else [value]
-        pairs = [(need['args'][0]['property'], need['args'][1]) for need in needs]
-    else:
-        pairs = re.findall(r"\"?([\w:.]+)\"?\s*=\s*'([^']*)'", value)
-    if {name.replace('properties.', '') for name, _ in pairs} != {'product:type'}:
-        raise BadRequest('Filter not understood by the stand-in: %s' % value)
-    return Condition(lambda record: all(record.producttype == wanted for _, wanted in pairs))
+def stac_filter(text):
+    """product:type = 'X', in cql2-text."""
+    found = re.match(r"\"?product:type\"?\s*=\s*(%s)$" % QUOTED, text)
+    if not found:
+        raise BadRequest('Filter not understood by the stand-in: %s' % text)
+    return Condition(lambda record: record.producttype == unquoted(found.group(1)))
 
 
 STAC_TESTS = {
     'collections': lambda value: Condition(lambda r: stac_collection(r) in as_list(value)),
-    'ids': lambda value: Condition(lambda record: stac_id(record) in as_list(value)),
     'datetime': stac_period, 'bbox': stac_box, 'intersects': stac_area, 'filter': stac_filter}
-STAC_ORDER = {'datetime': 'start', 'start_datetime': 'start', 'end_datetime': 'end',
-              'id': 'name', 'published': 'published'}
 
 
 def stac_order(sortby):
-    """The field, and whether descending; the newest first where nothing is asked."""
+    """By start; descending or not, the newest first where nothing is asked."""
     if isinstance(sortby, list):
         sortby = ('-' if sortby[0].get('direction') == 'desc' else '') + sortby[0]['field']
-    sortby = (sortby or '-datetime').split(',')[0]
-    name = sortby.lstrip('+- ').replace('properties.', '')
-    if name not in STAC_ORDER:
-        raise BadRequest('Sort field not understood by the stand-in: %s' % name)
-    return STAC_ORDER[name], sortby.startswith('-')
+    if not re.match(r'[+ -]?(properties\.)?(start_)?datetime$', sortby or 'datetime'):
+        raise BadRequest('Sort field not understood by the stand-in: %s' % sortby)
+    return 'start', (sortby or '-').startswith('-')
 
 
-def chosen_fields(item, fields):
-    """The item with the fields asked: `a.b` keeps only these, `-a.b` leaves these out."""
-    if isinstance(fields, dict):
-        fields = fields.get('include', []) + ['-' + name for name in fields.get('exclude', [])]
-    kept, names = {}, as_list(fields or [])
-    wanted = [name.lstrip('+ ') for name in names if not name.startswith('-')]
-    for name in wanted and wanted + ['id', 'collection']:
-        outer, _, inner = name.partition('.')
-        if not inner and outer in item:
-            kept[outer] = item[outer]
-        elif inner in item.get(outer, ()):
-            kept.setdefault(outer, {})[inner] = item[outer][inner]
-    item = kept or item
-    for name in (name[1:] for name in names if name.startswith('-')):
-        outer, _, inner = name.partition('.')
-        (item.get(outer, {}) if inner else item).pop(inner or outer, None)
+def without(item, fields):
+    """The item without the fields `-a.b`; to choose fields is not understood here."""
+    for name in as_list(fields or []):
+        sign, outer, inner = re.match(r'(-?)(\w+)\.(.+)$', name).groups()
+        if not sign:
+            raise BadRequest('Fields not understood by the stand-in: %s' % name)
+        item[outer].pop(inner, None)
     return item
 
 
@@ -1498,7 +1416,6 @@ ROUTES = (
     ('odata', ('GET',), r'/odata/v1/Products', odata_page),
     ('opensearch', ('GET',), r'/resto/api/collections(?:/([^/]+))?/search\.json', resto_search),
     ('stac', ('GET', 'POST'), r'/v1/search', stac_search),
-    ('stac', ('GET',), r'/v1/collections/([^/]+)', stac_one),
     ('stac', ('GET',), r'/v1/collections', stac_collections),
     ('token', ('POST',), AUTH + 'token', token_endpoint),
     ('logout', ('POST',), AUTH + 'logout', logout_endpoint),
@@ -1605,7 +1522,7 @@ def fault_silence(space, request, respond, detail):
     return answer
 
 
-@fault('cut', 'cut-json')
+@fault('cut')
 def fault_cut(space, request, respond, detail):
     """Body and Content-Length end together after `at` bytes, so only the catalogue knows."""
     answer = respond()
@@ -1635,34 +1552,52 @@ def fault_flip(space, request, respond, detail):
     answer = respond()
     body = bytearray(answer.body)
     body[place_of_fault(answer, detail)] ^= 1
-    answer.blocks = [bytes(body)]
+    answer.body = bytes(body)
     return answer
 
 
-@fault('zip')
+ZIPS = {        # the names in a zip; {} is the product's without extension
+    'zip': ('{}/{}.nc', '{}/{}.cdl'), 'two-files': ('a.nc', 'b.nc'), 'broken-zip': ('{}.nc',),
+    'zip-of-paths': ('../../out.nc',)}
+
+
+@fault(*ZIPS)
 def fault_zip(space, request, respond, detail):
-    """The file in a zip beside its .cdl, as S5P products came until the end of 2024."""
+    """The file in a zip, as S5P products came until the end of 2024; or one that is no good."""
     request.range = None
     answer = respond()
     if answer.record:
         packed, stem = io.BytesIO(), answer.record.stem
         with zipfile.ZipFile(packed, 'w') as archive:
-            archive.writestr('%s/%s.nc' % (stem, stem), answer.body)
-            archive.writestr('%s/%s.cdl' % (stem, stem), 'netcdf x {\n}\n')
-        answer.blocks, answer.length = [packed.getvalue()], len(packed.getvalue())
+            for name in ZIPS[detail['kind']]:
+                archive.writestr(name.format(stem, stem), answer.body)
+        answer.body = packed.getvalue()[:-40 if detail['kind'] == 'broken-zip' else None]
     return answer
 
 
-RANGE_FAULTS = ('ignore-range', 'wrong-range', '416')     # these wait for a request with Range
+RANGE_FAULTS = ('ignore-range', 'wrong-range', '416', 'headless-206', 'lying-range', 'blind-206')
 
 
-@fault(*RANGE_FAULTS)
+@fault('uninvited-206', *RANGE_FAULTS)          # all but the first wait for a request with Range
 def fault_range(space, request, respond, detail):
-    """The whole; the part that begins `by` bytes later, which it says; or a refusal."""
-    first = int(re.search(r'\d+', request.range).group())
-    request.range = {'ignore-range': None, '416': 'bytes=%d-' % (1 << 60),
-                     'wrong-range': 'bytes=%d-' % (first + detail.get('by', 100))}[detail['kind']]
-    return respond()
+    """The whole; the part `by` bytes later, which it says; a refusal; a part that says no range;
+    other bytes than it says; a part of a new object; or a part that nobody asked for."""
+    kind = detail['kind']
+    if kind == 'wrong-range':
+        first = int(re.search(r'\d+', request.range).group())
+        request.range = 'bytes=%d-' % (first + detail.get('by', 100))
+    elif kind == 'blind-206':
+        space.change(request.names[0])
+        del request.headers['If-Range']
+    else:
+        request.range = {'ignore-range': None, '416': 'bytes=%d-' % (1 << 60),
+                         'uninvited-206': 'bytes=100-'}.get(kind, request.range)
+    answer = respond()
+    if kind == 'headless-206':
+        del answer.headers['Content-Range']
+    elif kind == 'lying-range':
+        answer.blocks = [bytes(answer.length)]
+    return answer
 
 
 @fault('changed')
@@ -1672,23 +1607,21 @@ def fault_changed(space, request, respond, detail):
     return respond()
 
 
-@fault('slow')
+@fault('trickle', 'leisurely')
 def fault_slow(space, request, respond, detail):
-    space.closing.wait(detail.get('seconds', 0.2))
-    return respond()
-
-
-@fault('trickle')
-def fault_trickle(space, request, respond, detail):
-    """One byte at a time, `every` so many seconds."""
+    """The second half comes byte by byte, `every` so many seconds; or in one, after a while."""
     answer = respond()
+    pause = detail.get('every', 0.03)
 
-    def drops(blocks):
-        for block in blocks:
-            for k in range(len(block)):
-                yield block[k:k + 1]
-                space.closing.wait(detail.get('every', 0.1))
-    answer.blocks = drops(answer.blocks)
+    def pieces(body):
+        half = len(body) // 2
+        step = 1 if detail['kind'] == 'trickle' else len(body) - half
+        yield body[:half]
+        for k in range(half, len(body), step):
+            space.closing.wait(pause)
+            yield body[k:k + step]
+    if answer.record:
+        answer.blocks = pieces(answer.body)
     return answer
 
 
@@ -1698,6 +1631,22 @@ def fault_page(space, request, respond, detail):
     links that differ, or not if `same_link`."""
     request.trick = detail
     return respond()
+
+
+@fault('no-link')
+def fault_no_link(space, request, respond, detail):
+    """The page does not say that more follows."""
+    page = json.loads(respond().body.decode())
+    page.pop('@odata.nextLink', None)
+    page.get('properties', {}).pop('links', None)
+    return json_answer(page)
+
+
+@fault('told')
+def fault_told(space, request, respond, detail):
+    """The answer that the test tells: `body`, bytes or what becomes JSON, with `status`."""
+    body, status = detail['body'], detail.get('status', 200)
+    return Answer(body, status) if isinstance(body, bytes) else json_answer(body, status)
 
 
 # ---- the server
@@ -1821,7 +1770,7 @@ class DataSpace(Loopback):
     def __init__(self, records=None, tls=None, content_size=20000, max_transfers=4,
                  release_delay=0, expires_in=600, users=None, totp=None, page_limit=None,
                  latency=0, opensearch='on', clock=time.monotonic, refresh_expires_in=3600,
-                 revoke_on_refresh=False, login_status=401, stac_next='GET', keep_pages=False):
+                 stac_next='GET', keep_pages=False):
         Loopback.__init__(self, tls)
         self.records = RECORDS if records is None else records
         self.content_size, self.latency, self.page_limit = content_size, latency, page_limit
@@ -1829,7 +1778,7 @@ class DataSpace(Loopback):
         self.opensearch_mode, self.stac_next = opensearch, stac_next
         self.pages = {} if keep_pages else None
         self.tokens = Tokens(clock, {'user': 'password'} if users is None else users, totp,
-                             expires_in, refresh_expires_in, login_status, revoke_on_refresh)
+                             expires_in, refresh_expires_in)
         self.faults, self.requests, self.kinds = Switchboard(), [], collections.Counter()
         self.versions, self.sizes = collections.Counter(), {}
         self.transfers, self.peak_transfers, self.lingering = 0, 0, []
@@ -2218,6 +2167,15 @@ class Case(unittest.TestCase):
         return status, out.getvalue(), err.getvalue()
 
 
+def wait_until(happened, seconds=30):
+    """Return when something has happened; an error after so long, so that no test hangs."""
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            raise AssertionError('waited %d seconds in vain' % seconds)
+        time.sleep(0.005)
+
+
 class StandInTest(unittest.TestCase):
     """The stand-in behaves as the service does, and its faults as their names say."""
 
@@ -2227,20 +2185,18 @@ class StandInTest(unittest.TestCase):
             headers['Authorization'] = 'Bearer ' + bearer
         address = urllib.parse.urlsplit(url)
         connection = http.client.HTTPConnection(address.netloc, timeout=5)
-        try:
-            target = urllib.parse.urlunsplit(('', '', address.path, address.query, ''))
-            headers = {name.replace('_', '-'): value for name, value in headers.items()}
-            connection.request('POST' if data is not None else 'GET', target, data, headers)
-            with connection.getresponse() as response:
-                return response.status, response.headers, response.read()
-        finally:
-            connection.close()
+        self.addCleanup(connection.close)
+        headers = {name.replace('_', '-'): value for name, value in headers.items()}
+        connection.request('POST' if data is not None else 'GET',
+                           address._replace(scheme='', netloc='').geturl(), data, headers)
+        with connection.getresponse() as response:
+            return response.status, response.headers, response.read()
 
     def page(self, url, **query):
-        """Status and JSON of a page; `_` in a name stands for the `$` of OData."""
+        """The JSON of a page; `_` in a name stands for the `$` of OData."""
         pairs = [(name.replace('_', '$'), value) for name, value in query.items()]
-        status, _, body = self.ask(url + '?' + urllib.parse.urlencode(pairs))
-        return status, json.loads(body.decode())
+        url += '?' + urllib.parse.urlencode(pairs) if pairs else ''
+        return json.loads(self.ask(url)[2].decode())
 
     def grant(self, space, **fields):
         fields = fields or {'grant_type': 'password', 'username': 'user', 'password': 'password'}
@@ -2253,188 +2209,135 @@ class StandInTest(unittest.TestCase):
 
     # -- records
 
-    def test_records_are_as_recorded(self):
+    def test_records(self):
         self.assertEqual(len({record.id for record in RECORDS}), len(RECORDS))
-        types = {record.producttype for record in RECORDS}
-        self.assertLessEqual(set(TYPES_5P), types)
+        self.assertLessEqual(set(TYPES_5P), {record.producttype for record in RECORDS})
         for record in RECORDS:
             with self.subTest(record.name):
                 self.assertLessEqual(record.start, record.end)
-                self.assertRegex(record.start, r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$')
                 for outline in outlines(record.footprint):
                     west, south, east, north = bounding_box(outline)
                     self.assertTrue(-180 <= west <= east <= 180 and -90 <= south <= north <= 90)
-
-    def test_made_products_have_names_and_ids_of_their_own(self):
         orbits = made_products(120000, step_seconds=60)
         self.assertEqual(len({orbits[n].name for n in range(0, 120000, 500)}), 240)
         self.assertEqual(orbits[119999].orbit, 3697 + 119999 - 100000)
         same = made_products(20, same_start=True, points=301)
-        self.assertEqual(len({record.start for record in same}), 1)
-        self.assertEqual(len({record.name for record in same}), 20)
-        self.assertEqual(len({record.id for record in same}), 20)
+        self.assertEqual([len({record[column] for record in same}) for column in (0, 1, 4)],
+                         [20, 20, 1], 'ids, names, starts')
         self.assertEqual(len(same[0].footprint['coordinates'][0]), 301)
 
-    def test_some_orbits_of_the_day_see_europe(self):
-        seen = [any(-10 < lon < 30 and 35 < lat < 70 for lon, lat in outlines(record.footprint)[0])
-                for record in one_day()]
-        self.assertEqual(len(seen), 14)
-        self.assertTrue(2 < sum(seen) < 9, seen)
-        self.assertEqual({record.start[:10] for record in one_day()}, {'2018-07-01'})
-
     def test_content_is_made_blockwise_and_differs_by_place(self):
-        record = RECORDS[0]
-        whole = body_of(record, 200000)
+        whole = body_of(RECORDS[0], 200000)
         self.assertEqual(whole[:8], HDF5)
         self.assertEqual(len({whole[k:k + 1000] for k in range(0, 200000, 1000)}), 200)
-        self.assertEqual(b''.join(content_blocks(record, 200000, start=131000)), whole[131000:])
-        self.assertNotEqual(body_of(record, 200000, version=1)[8:], whole[8:])
+        self.assertEqual(b''.join(content_blocks(RECORDS[0], 200000, start=131000)), whole[131000:])
+        self.assertNotEqual(body_of(RECORDS[0], 200000, version=1)[8:], whole[8:])
 
-    # -- OData
+    # -- catalogues
 
-    def test_filters(self):
-        attribute = ("Attributes/OData.CSC.%sAttribute/any(att:att/Name eq '%s' and "
-                     "att/OData.CSC.%sAttribute/Value eq %s)")
-        kind = attribute % ('String', 'productType', 'String', "'%s'")
+    def test_filters_of_odata(self):
+        kind = ("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' and "
+                "att/OData.CSC.StringAttribute/Value eq '%s')")
         cases = [
             (kind % 'L2__NO2___', lambda r: r.producttype == 'L2__NO2___'),
-            (attribute % ('Integer', 'orbitNumber', 'Integer', 33646), lambda r: r.orbit == 33646),
-            ("contains(Name,'NRTI') and not contains(Name,'L2__')",
-             lambda r: 'NRTI' in r.name and 'L2__' not in r.name),
             ("ContentDate/Start lt 2018-05-01 and ContentDate/End gt 2018-04-30T18:00:00.000Z",
              lambda r: r.start < '2018-05-01' and r.end > '2018-04-30T18'),
-            ("startswith(Name,'S5P_RPRO') and (%s or %s)" % (
+            ("Collection/Name eq 'SENTINEL-5P' and (%s or %s)" % (
                 kind % 'L2__CH4___', kind % 'L2__HCHO__'),
-             lambda r: r.stream == 'RPRO' and r.producttype in ('L2__CH4___', 'L2__HCHO__')),
-            ("Collection/Name eq 'SENTINEL-1'", lambda r: r.collection == 'SENTINEL-1'),
+             lambda r: r.producttype in ('L2__CH4___', 'L2__HCHO__')),
             ("OData.CSC.Intersects(area=geography'SRID=4326;POLYGON((0 40,9 40,9 50,0 50,0 40))')",
              lambda r: meets_box(r.footprint, (0, 40, 9, 50)))]
         with DataSpace() as space:
             for text, test in cases:
                 with self.subTest(text):
-                    status, page = self.page(space.odata + '/Products', _filter=text, _top=1000,
-                                             _orderby='ContentDate/Start asc')
+                    page = self.page(space.odata + '/Products', _filter=text, _top=1000,
+                                     _orderby='ContentDate/Start asc')
                     expected = sorted((r.start, r.id) for r in RECORDS if test(r))
-                    self.assertEqual(status, 200)
                     self.assertTrue(expected)
                     self.assertEqual([(p['ContentDate']['Start'], p['Id']) for p in page['value']],
                                      expected)
 
-    def test_odata_refuses_what_the_service_refuses(self):
+    def test_what_catalogues_refuse(self):
+        resto = '/resto/api/collections/Sentinel5P/search.json?'
         with DataSpace() as space:
-            for status, query in (
-                    (400, {'_filter': "Collection/Name eq 'Sentinel5P'"}), (400, {'top': 5}),
-                    (400, {'_filter': "Nam eq 'x'"}),
-                    (400, {'_filter': "ContentDate/Start gt now"}),
-                    (422, {'_top': 1001}), (422, {'_skip': 10001}), (422, {'_top': 'x'}),
-                    (400, {'_orderby': 'Size'}), (400, {'_select': 'Nam'})):
-                with self.subTest(query):
-                    self.assertEqual(self.page(space.odata + '/Products', **query)[0], status)
-            detail = self.page(space.odata + '/Products', _skip=10001)[1]['detail'][0]
+            for status, path in (
+                    (400, "/odata/v1/Products?$filter=Collection/Name+eq+'Sentinel5P'"),
+                    (400, '/odata/v1/Products?top=5'), (400, '/odata/v1/Products?$orderby=Size'),
+                    (400, "/odata/v1/Products?$filter=Nam+eq+'x'"),
+                    (400, '/odata/v1/Products?$filter=ContentDate/Start+gt+now'),
+                    (400, '/odata/v1/Products?$select=Nam'), (422, '/odata/v1/Products?$top=1001'),
+                    (422, '/odata/v1/Products?$skip=10001'), (422, '/odata/v1/Products?$top=x'),
+                    (404, '/odata/v1/Products(%s)' % ('x' * 36)), (400, resto + 'maxRecords=2001'),
+                    (400, resto + 'page=502'), (400, resto + 'productsType=x'),
+                    (404, resto.replace('5P', '9')), (400, '/v1/search?sortby=size')):
+                with self.subTest(path):
+                    self.assertEqual(self.ask(space.url + path)[0], status)
+            detail = self.page(space.odata + '/Products', _skip=10001)['detail'][0]
             self.assertEqual((detail['input'], detail['ctx']), ('10001', {'le': 10000}))
 
     def test_next_link_ends_at_the_wall(self):
-        with DataSpace(made_products(12000, points=5), content_size=8) as space:
+        with DataSpace(made_products(12000), content_size=8) as space:
             url, rows = space.odata + '/Products?$top=1000&$orderby=ContentDate/Start', 0
             url += '&$select=Name'
             while url:
-                page = json.loads(self.ask(url)[2].decode())
+                page = self.page(url)
                 rows, url = rows + len(page['value']), page.get('@odata.nextLink')
             self.assertEqual(rows, 11000)
             self.assertEqual(sorted(page['value'][0]), ['Id', 'Name'])
 
     def test_single_product(self):
-        odd = [RECORDS[0]._replace(stated=-1, checksum=''), RECORDS[1]._replace(checksum='N/A')]
-        with DataSpace(odd + list(RECORDS[2:])) as space:
-            page = self.page('%s/Products(%s)' % (space.odata, RECORDS[2].id))[1]
-            self.assertEqual(page['ContentLength'], 20000)
-            self.assertEqual(page['Checksum'][0]['Value'],
-                             hashlib.md5(body_of(RECORDS[2])).hexdigest())
-            page = self.page('%s/Products(%s)' % (space.odata, RECORDS[0].id))[1]
+        odd = RECORDS[0]._replace(stated=-1, checksum='')
+        with DataSpace([odd] + list(RECORDS[1:])) as space:
+            page = self.page('%s/Products(%s)' % (space.odata, RECORDS[2].id))
+            self.assertEqual((page['ContentLength'], page['Checksum'][0]['Value']),
+                             (20000, hashlib.md5(body_of(RECORDS[2])).hexdigest()))
+            page = self.page('%s/Products(%s)' % (space.odata, odd.id))
             self.assertEqual((page['ContentLength'], page['Checksum']), (-1, []))
-            self.assertEqual(self.page('%s/Products(%s)' % (space.odata, 'x' * 36))[0], 404)
-
-    # -- OpenSearch
 
     def test_opensearch(self):
+        """Its links, and its meaning of a period: what lies within."""
         with DataSpace() as space:
-            for spelling in ('Sentinel5P', 'SENTINEL-5P'):
-                url = '%s/collections/%s/search.json' % (space.opensearch, spelling)
-                page = self.page(url, productType='L2__NO2___', maxRecords=2,
-                                 sortParam='startDate')[1]
-                links = {link['rel']: link['href'] for link in page['properties']['links']}
-                following = json.loads(self.ask(links['next'])[2].decode())
-                names = [f['properties']['title'] for f in page['features'] + following['features']]
-                self.assertEqual(sorted(names), sorted(
-                    r.name for r in RECORDS if r.producttype == 'L2__NO2___'))
-                self.assertIsNone(page['properties']['totalResults'])
+            url = space.opensearch + '/collections/SENTINEL-5P/search.json'
+            page = self.page(url, productType='L2__NO2___', maxRecords=2, sortParam='startDate')
+            links = {link['rel']: link['href'] for link in page['properties']['links']}
+            names = [feature['properties']['title']
+                     for feature in page['features'] + self.page(links['next'])['features']]
+            self.assertEqual(sorted(names), sorted(
+                r.name for r in RECORDS if r.producttype == 'L2__NO2___'))
             record = next(r for r in RECORDS if r.producttype == 'L2__SO2___')
-            inside = dict(productType='L2__SO2___', startDate=record.start,
-                          completionDate=record.end)
-            self.assertEqual(len(self.page(url, **inside)[1]['features']), 1)
-            inside['startDate'] = record.start.replace('.000000Z', '.000001Z')
-            self.assertEqual(len(self.page(url, **inside)[1]['features']), 0)
-            for status, query in ((400, {'maxRecords': 2001}), (400, {'page': 502}),
-                                  (400, {'productsType': 'x'}), (400, {'orbitNumber': 'x'})):
-                with self.subTest(query):
-                    self.assertEqual(self.page(url, **query)[0], status)
-            self.assertEqual(self.page(url.replace('SENTINEL-5P', 'Sentinl2'))[0], 404)
-
-    def test_retired_opensearch(self):
-        for mode, status in (('retired-404', 404), ('retired-410', 410), ('retired-301', 301),
-                             ('retired-html', 200), ('retired-empty', 200), ('retired-503', 503)):
-            with self.subTest(mode), DataSpace(opensearch=mode) as space:
-                answer = self.ask(space.opensearch + '/collections/Sentinel5P/search.json')
-                self.assertEqual(answer[0], status)
-                self.assertNotIn(b'FeatureCollection', answer[2])
-
-    # -- STAC
+            for start, count in ((record.start, 1), (record.start.replace('0Z', '1Z'), 0)):
+                page = self.page(url, productType='L2__SO2___', startDate=start,
+                                 completionDate=record.end)
+                self.assertEqual(len(page['features']), count)
 
     def test_stac(self):
-        with DataSpace() as space:
-            page = self.page(space.stac + '/search', collections='sentinel-5p-l2-no2-nrti', limit=2,
-                             sortby='-properties.datetime')[1]
-            again = json.loads(self.ask(page['links'][-1]['href'])[2].decode())
-            items = page['features'] + again['features']
-            self.assertEqual([item['id'][9:19] for item in items], ['L2__NO2___'] * 3)
-            asset = items[0]['assets']['netcdf']
-            uuid = re.search(r'Products\(([^)]*)\)', asset['alternate']['https']['href']).group(1)
-            self.assertEqual(asset['file:checksum'], 'd50110' + space.md5(space.find(uuid)))
-            self.assertEqual(self.page(space.stac + '/search', collections='x')[1]['features'], [])
-            self.assertEqual(self.page(space.stac + '/collections/x')[0], 404)
-            known = self.page(space.stac + '/collections', limit=200)[1]['collections']
-            known = {one['id']: one['summaries']['product:type'] for one in known}
-            self.assertEqual(known['sentinel-5p-l1-ra-bd5-nrti'], ['L1B_RA_BD5'])
-            self.assertEqual(known['sentinel-1-grd'], ['IW_GRDH_1S'])
-            self.assertEqual(self.page(space.stac + '/collections/sentinel-5p-l2-co-offl')[0], 200)
-            answer = self.ask(space.stac + '/search?token=x')
-            self.assertEqual((answer[0], answer[1].get_content_type()), (500, 'text/plain'))
-
-    def test_stac_with_post(self):
+        """Pages by GET and by POST; a box over the date line is read the long way round."""
         search = {'collections': ['sentinel-5p-l2-o3-tcl-offl'], 'limit': 1,
                   'datetime': '2018-05-01T00:00:00Z/2018-05-02T00:00:00Z', 'bbox': [0, -5, 9, 5],
-                  'filter': {'op': '=', 'args': [{'property': 'product:type'}, 'L2__O3_TCL']},
-                  'fields': {'include': ['assets', 'properties.datetime']}}
+                  'filter': "product:type='L2__O3_TCL'", 'fields': '-properties.datetime'}
         ids = []
         with DataSpace() as space:
             while search:
                 body = json.dumps(search).encode()
                 page = json.loads(self.ask(space.stac + '/search', body)[2].decode())
                 ids += [item['id'] for item in page['features']]
-                self.assertEqual(sorted(page['features'][0]),
-                                 ['assets', 'collection', 'id', 'properties'])
+                self.assertNotIn('datetime', page['features'][0]['properties'])
                 search = next((link['body'] for link in page['links']
                                if link['rel'] == 'next'), None)
-        self.assertEqual(len(ids), 2)
-        for id in ids:
-            self.assertRegex(id, '^S5P_OFFL_L2__O3_TCL_2018.*_01_')
-
-    def test_box_over_the_date_line_is_read_the_long_way_round(self):
-        with DataSpace() as space:
-            def found(box):
-                query = dict(collections='sentinel-5p-l2-co-nrti', bbox=box, limit=100)
-                return len(self.page(space.stac + '/search', **query)[1]['features'])
-            self.assertEqual(found('170,-90,-170,90'), found('-170,-90,170,90'))
+            self.assertEqual([id[:19] for id in ids], ['S5P_OFFL_L2__O3_TCL'] * 2)
+            page = self.page(space.stac + '/search', collections='sentinel-5p-l2-no2-nrti', limit=2)
+            items = page['features'] + self.page(page['links'][-1]['href'])['features']
+            self.assertEqual([item['id'][9:19] for item in items], ['L2__NO2___'] * 3)
+            asset = items[0]['assets']['netcdf']
+            uuid = re.search(r'Products\(([^)]*)\)', asset['alternate']['https']['href']).group(1)
+            self.assertEqual(asset['file:checksum'], 'd50110' + space.md5(space.find(uuid)))
+            found = [len(self.page(space.stac + '/search', collections='sentinel-5p-l2-co-nrti',
+                                   bbox=box, limit=100)['features'])
+                     for box in ('170,-90,-170,90', '-170,-90,170,90')]
+            self.assertEqual(found[0], found[1])
+            known = {one['id'] for one in self.page(space.stac + '/collections',
+                                                    limit=200)['collections']}
+            self.assertGreaterEqual(known, {'sentinel-5p-l1-ra-bd5-nrti', 'sentinel-1-grd'})
 
     # -- tokens and downloads
 
@@ -2461,22 +2364,20 @@ class StandInTest(unittest.TestCase):
             self.assertEqual(self.ask(href, bearer=second['access_token'])[0], 401)
 
     def test_ranges(self):
-        record, body = RECORDS[0], body_of(RECORDS[0])
+        body = body_of(RECORDS[0])
         with DataSpace() as space:
-            bearer, href = self.login(space), space.href(record)
+            bearer, href = self.login(space), space.href(RECORDS[0])
             etag = self.ask(href, bearer=bearer)[1]['ETag']
-            for text, status, part in (
-                    ('bytes=5-9', 206, body[5:10]), ('bytes=19990-', 206, body[19990:]),
-                    ('bytes=-10', 206, body[-10:]), ('bytes=9-99999', 206, body[9:]),
-                    ('lines=1-2', 200, body)):
+            for text, tag, status, part in (
+                    ('bytes=5-9', etag, 206, body[5:10]), ('bytes=9-99999', etag, 206, body[9:]),
+                    ('bytes=-10', etag, 206, body[-10:]), ('lines=1-2', etag, 200, body),
+                    ('bytes=5-', '"x"', 200, body)):
                 with self.subTest(text):
-                    answer = self.ask(href, bearer=bearer, Range=text, If_Range=etag)
+                    answer = self.ask(href, bearer=bearer, Range=text, If_Range=tag)
                     self.assertEqual((answer[0], answer[2]), (status, part))
-            answer = self.ask(href, bearer=bearer, Range='bytes=5-', If_Range='"x"')
-            self.assertEqual((answer[0], answer[2]), (200, body))
             answer = self.ask(href, bearer=bearer, Range='bytes=20000-')
             self.assertEqual((answer[0], answer[1]['Content-Range']), (416, 'bytes */20000'))
-            quoted = '%s/Products(%%27%s%%27)/$value' % (space.odata, record.id)
+            quoted = '%s/Products(%%27%s%%27)/$value' % (space.odata, RECORDS[0].id)
             self.assertEqual(self.ask(quoted, bearer=bearer)[0], 422)
 
     def test_at_most_so_many_transfers(self):
@@ -2494,7 +2395,6 @@ class StandInTest(unittest.TestCase):
             self.assertEqual(space.peak_transfers, 2)
             self.assertEqual(held[0].read(), space.body(RECORDS[0]))
             self.assertEqual(self.ask(href, bearer=bearer, Range='bytes=0-9')[0], 206)
-            self.assertEqual(space.count('value'), 4)
 
     # -- faults
 
@@ -2504,65 +2404,50 @@ class StandInTest(unittest.TestCase):
             status, _, body = self.ask(space.href(RECORDS[0]), bearer=bearer, **headers)
         except http.client.IncompleteRead as error:
             return 'short', len(error.partial)
-        except http.client.RemoteDisconnected:
+        except ConnectionError:
             return 'dropped', 0
-        except ConnectionResetError:
-            return 'reset', 0
         return status, len(body) if body != space.body(RECORDS[0]) else 'right'
 
     def test_faults_of_downloads(self):
-        cases = [
-            ('fin', ('short', 10000)), ('cut', (200, 10000)), ('chunked', ('short', 10000)),
-            ('chunked-ok', (200, 'right')), ('flip', (200, 20000)), ('empty', (200, 0)),
-            ('no-length', (200, 'right')), ('drop', ('dropped', 0)), ('slow', (200, 'right')),
-            ('trickle', (200, 'right')), ('changed', (200, 'right'))]
-        for kind, expected in cases:
+        for kind, expected in (
+                ('fin', ('short', 10000)), ('cut', (200, 10000)), ('chunked', ('short', 10000)),
+                ('chunked-ok', (200, 'right')), ('flip', (200, 20000)), ('empty', (200, 0)),
+                ('no-length', (200, 'right')), ('drop', ('dropped', 0)), ('changed', (200, 'right')),
+                ('trickle', (200, 'right'))):
             with self.subTest(kind), DataSpace() as space:
                 bearer, old = self.login(space), space.body(RECORDS[0])
-                space.faults.add(kind, every=0, seconds=0)
+                space.faults.add(kind, every=0)
                 self.assertEqual(self.outcome(space, bearer), expected)
                 self.assertEqual(self.outcome(space, bearer), (200, 'right'))
                 self.assertEqual(space.body(RECORDS[0]) != old, kind == 'changed')
-        for kind in ('400', '401', '403', '404', '429', '500', '502', '503'):
-            with self.subTest(kind), DataSpace() as space:
-                space.faults.add(kind, times=None)
-                bearer = self.login(space)
-                self.assertEqual({self.outcome(space, bearer)[0] for _ in range(2)}, {int(kind)})
-
-    def test_reset(self):
         with DataSpace() as space:
             bearer = self.login(space)
             space.faults.add('rst', at=0)
-            with self.assertRaises((ConnectionResetError, http.client.IncompleteRead)):
-                self.ask(space.href(RECORDS[0]), bearer=bearer)
+            self.assertIn(self.outcome(space, bearer), [('dropped', 0), ('short', 0)])
+            for kind, start in (('html', b'<!DOCTYPE html>'), ('json', b'{"code"'), ('zip', ZIP)):
+                space.faults.add(kind)
+                status, _, body = self.ask(space.href(RECORDS[0]), bearer=bearer)
+                self.assertEqual((status, body[:len(start)]), (200, start))
 
-    def test_faults_of_ranges(self):
+    def test_faults_of_ranges_and_headers(self):
         with DataSpace() as space:
-            bearer, body = self.login(space), space.body(RECORDS[0])
+            bearer, body, href = self.login(space), body_of(RECORDS[0]), space.href(RECORDS[0])
             for kind, status, part in (('ignore-range', 200, body), ('416', 416, None),
                                        ('wrong-range', 206, body[150:])):
                 with self.subTest(kind):
                     space.faults.add(kind)
                     self.assertEqual(self.outcome(space, bearer), (200, 'right'))
-                    answer = self.ask(space.href(RECORDS[0]), bearer=bearer, Range='bytes=50-')
+                    answer = self.ask(href, bearer=bearer, Range='bytes=50-')
                     self.assertEqual(answer[0], status)
                     self.assertIn(answer[2] if part else None, (part,))
-
-    def test_pages_instead_of_files(self):
-        with DataSpace() as space:
-            bearer, href = self.login(space), space.href(RECORDS[0])
-            for kind, start in (('html', b'<!DOCTYPE html>'), ('json', b'{"code"'), ('zip', ZIP)):
-                space.faults.add(kind)
-                status, _, body = self.ask(href, bearer=bearer)
-                self.assertEqual((status, body[:len(start)]), (200, start))
-            with zipfile.ZipFile(io.BytesIO(body)) as archive:
-                name = RECORDS[0].name
-                self.assertEqual(archive.read('%s/%s' % (name[:-3], name)), space.body(RECORDS[0]))
             space.faults.add('redirect', to='/elsewhere{target}', status=307)
             answer = self.ask(href, bearer=bearer)
             self.assertEqual((answer[0], answer[1]['Location'][:20]), (307, '/elsewhere/odata/v1/'))
             space.faults.add('429', retry_after='date')
             self.assertIn('GMT', self.ask(href, bearer=bearer)[1]['Retry-After'])
+            space.faults.add('503', after=1, times=2, name=RECORDS[0].id)
+            self.assertEqual([self.outcome(space, bearer)[0] for _ in range(5)],
+                             [200, 503, 503, 200, 200])
 
     def test_stalls_end_with_the_server(self):
         for kind in ('stall-headers', 'stall-body'):
@@ -2571,48 +2456,35 @@ class StandInTest(unittest.TestCase):
                 bearer, seen = self.login(space), []
                 thread = threading.Thread(target=lambda: seen.append(self.outcome(space, bearer)))
                 thread.start()
-                while space.count('value') == 0:
-                    thread.join(0.01)
+                wait_until(lambda: space.count('value'))
                 self.assertEqual(seen, [])
             thread.join()
-            self.assertIn(seen[0][0], ('dropped', 'short', 'reset'))
+            self.assertIn(seen[0][0], ('dropped', 'short'))
 
     def test_faults_of_pages(self):
         with DataSpace() as space:
             url = space.odata + '/Products?$top=4'
-            whole = [p['Id'] for p in json.loads(self.ask(url)[2].decode())['value']]
+
+            def ids(page):
+                return [product['Id'] for product in page['value']]
+            whole = ids(self.page(url))
             space.faults.add('empty-page', on='odata')
-            page = json.loads(self.ask(url)[2].decode())
-            self.assertEqual(page['value'], [])
-            page = json.loads(self.ask(page['@odata.nextLink'])[2].decode())
-            self.assertEqual([p['Id'] for p in page['value']], whole)
+            page = self.page(url)
+            self.assertEqual((ids(page), ids(self.page(page['@odata.nextLink']))), ([], whole))
             space.faults.add('short-page', on='odata')
-            first = json.loads(self.ask(url)[2].decode())
-            second = json.loads(self.ask(first['@odata.nextLink'])[2].decode())
-            self.assertEqual([p['Id'] for p in first['value'] + second['value']][:4], whole)
+            first = self.page(url)
+            self.assertEqual((ids(first) + ids(self.page(first['@odata.nextLink'])))[:4], whole)
             space.faults.add('repeat', on='odata', times=None)
             for _ in range(3):
-                page = json.loads(self.ask(url)[2].decode())
-                self.assertEqual([p['Id'] for p in page['value']], whole)
+                page = self.page(url)
+                self.assertEqual(ids(page), whole)
                 url = page['@odata.nextLink']
-            space.faults.clear()
-            space.faults.add('cut-json', on='odata')
-            with self.assertRaises(ValueError):
-                json.loads(self.ask(url)[2].decode())
-
-    def test_faults_choose_their_requests(self):
-        with DataSpace() as space:
-            bearer = self.login(space)
-            space.faults.add('503', after=1, times=2, name=RECORDS[0].id)
-            self.assertEqual([self.outcome(space, bearer)[0] for _ in range(5)],
-                             [200, 503, 503, 200, 200])
 
     # -- names, certificates, proxies
 
     def test_names_stay_on_this_machine(self):
         with DataSpace() as space, names_on_loopback({'catalogue.example.eu': space}):
-            url = 'http://catalogue.example.eu/odata/v1/Products?$top=1'
-            page = json.loads(self.ask(url)[2].decode())
+            page = self.page('http://catalogue.example.eu/odata/v1/Products?$top=1')
             self.assertIn('http://catalogue.example.eu/odata/', page['@odata.nextLink'])
             with self.assertRaises(OSError):
                 self.ask('http://another.example.eu/')
@@ -2627,28 +2499,25 @@ class StandInTest(unittest.TestCase):
             with DataSpace(tls=made.context()) as space, \
                     names_on_loopback({'catalogue.example.eu': space}):
                 for host in ('catalogue.example.eu', space.url[8:]):
-                    url = 'https://%s/odata/v1/Products?$top=1' % host
                     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
                                                          urllib.request.HTTPSHandler(context=trust))
-                    with opener.open(url, timeout=5) as response:
-                        self.assertEqual(len(json.loads(response.read().decode())['value']), 1)
+                    with opener.open('https://%s/news' % host, timeout=5) as response:
+                        self.assertEqual(response.status, 200)
 
     def test_proxy(self):
         with DataSpace() as space, Proxy({'catalogue.example.eu': space}, 'me:secret') as proxy:
-            target, words = 'http://catalogue.example.eu/odata/v1/Products?$top=1', b'me:secret'
-            for header, status in (({}, 407), ({'Proxy-Authorization': 'Basic ' + base64.b64encode(
-                    words).decode()}, 200)):
+            right = {'Proxy-Authorization': 'Basic ' + base64.b64encode(b'me:secret').decode()}
+            for path, tunnel, headers, status in (
+                    ('http://catalogue.example.eu/news', None, {}, 407),
+                    ('http://catalogue.example.eu/news', None, right, 200),
+                    ('/news', ('catalogue.example.eu', 443, right), {}, 200)):
                 connection = http.client.HTTPConnection('127.0.0.1', proxy.port, timeout=5)
-                connection.request('GET', target, headers=header)
+                self.addCleanup(connection.close)
+                if tunnel:
+                    connection.set_tunnel(*tunnel)
+                connection.request('GET', path, headers=headers)
                 with connection.getresponse() as response:
                     self.assertEqual(response.status, status)
-                connection.close()
-            tunnel = http.client.HTTPConnection('127.0.0.1', proxy.port, timeout=5)
-            tunnel.set_tunnel('catalogue.example.eu', 443, header)
-            tunnel.request('GET', '/odata/v1/Products?$top=1')
-            with tunnel.getresponse() as response:
-                self.assertEqual(response.status, 200)
-            tunnel.close()
             self.assertEqual((proxy.connections, set(proxy.hosts)), (2, {'catalogue.example.eu'}))
 
 
@@ -3703,22 +3572,6 @@ APIS = 'odata', 'opensearch', 'stac'
 EUROPE = typed_geometry('Polygon', '-40,20 40,20 40,80 -40,80 -40,20'.split())
 
 
-@fault('told')
-def fault_told(space, request, respond, detail):
-    """The answer that the test tells: `body`, bytes or what becomes JSON, with `status`."""
-    body, status = detail['body'], detail.get('status', 200)
-    return Answer(body, status) if isinstance(body, bytes) else json_answer(body, status)
-
-
-@fault('no-link')
-def fault_no_link(space, request, respond, detail):
-    """The page does not say that more follows."""
-    page = json.loads(respond().body.decode())
-    page.pop('@odata.nextLink', None)
-    page.get('properties', {}).pop('links', None)
-    return json_answer(page)
-
-
 def s5p(name, start=None, end=None, id=None, geometry=EUROPE):
     """The record of a Sentinel-5P name; measured from start to end, else as the name says."""
     def time(compact):
@@ -4249,7 +4102,7 @@ class PagingTest(CatalogueCase):
         ('429', 1, {'retry_after': 'date', 'seconds': 30}, FULL),
         ('503', 2, {}, FULL), ('503', None, {}, ERROR),
         ('html', 1, {}, FULL), ('html', None, {}, ERROR), ('empty', 1, {}, FULL),
-        ('json', None, {}, ERROR), ('cut-json', 1, {}, FULL),
+        ('json', None, {}, ERROR), ('cut', 1, {}, FULL),
         ('rst', 1, {}, FULL), ('drop', 1, {}, FULL), ('drop', None, {}, ERROR),
         ('400', 2, {}, ERROR),
         ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL), ('empty-page', 1, {}, EITHER),
@@ -4950,49 +4803,6 @@ def rows_of_text(text):
     return [re.split(r"  +", line.strip()) for line in text.strip().splitlines()]
 
 
-@fault("headless-206", "lying-range", "uninvited-206", "blind-206")
-def fault_of_206(space, request, respond, detail):
-    """206 without Content-Range; with the range asked, but other bytes; uninvited; of a new object."""
-    if detail["kind"] == "blind-206":
-        space.change(request.names[0])
-        del request.headers["If-Range"]
-    if detail["kind"] == "uninvited-206":
-        request.range = "bytes=100-"
-    answer = respond()
-    if detail["kind"] == "headless-206":
-        del answer.headers["Content-Range"]
-    elif detail["kind"] == "lying-range":
-        answer.blocks = [bytes(answer.length)]
-    return answer
-
-
-@fault("leisurely")
-def fault_leisurely(space, request, respond, detail):
-    """A file of which the second half keeps the transfer open for a while."""
-    answer = respond()
-    if answer.record:
-        def halves(body):
-            yield body[:len(body) // 2]
-            space.closing.wait(0.03)
-            yield body[len(body) // 2:]
-        answer.blocks = halves(answer.body)
-    return answer
-
-
-@fault("two-files", "broken-zip", "zip-of-paths")
-def fault_of_zip(space, request, respond, detail):
-    """A zip with two .nc files, one that ends early, or one whose name leads out of the folder."""
-    answer, packed = respond(), io.BytesIO()
-    names = {"two-files": ("a.nc", "b.nc"), "zip-of-paths": ("../../out.nc",)}
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name in names.get(detail["kind"], ("a.nc",)):
-            archive.writestr(name, answer.body)
-    whole = packed.getvalue()
-    answer.blocks = [whole[:-40] if detail["kind"] == "broken-zip" else whole]
-    answer.length = len(answer.body)
-    return answer
-
-
 class DownloadCase(Case):
     """A test that looks at requests for bytes, and at what lies in the folder afterwards."""
 
@@ -5417,9 +5227,8 @@ class TokenTest(DownloadCase):
     def test_token_endpoint_in_passing_trouble(self):
         for text, waits in (("503 on=token", 1), ("503 on=token times=3", 3), ("429 on=token", 1),
                             ("500 on=token", 1), ("html on=token", 1), ("empty on=token", 1),
-                            ("cut-json on=token", 1), ("drop on=token", 1), ("rst on=token", 1),
-                            ("fin on=token at=5", 1), ("stall-headers on=token", 1),
-                            ("slow on=token seconds=0.02", 0)):
+                            ("cut on=token", 1), ("drop on=token", 1), ("rst on=token", 1),
+                            ("fin on=token at=5", 1), ("stall-headers on=token", 1)):
             with self.subTest(text), DataSpace(ORBITS) as space:
                 self.new_folder()
                 self.waits = []
@@ -5445,9 +5254,9 @@ class TokenTest(DownloadCase):
             self.assertEqual((space.count("token"), space.count("value")), (4, 0))
 
     def test_a_refused_login_says_why_and_ends_the_batch(self):
-        for status in (400, 401):
-            with self.subTest(status), DataSpace(ORBITS, users={"user": "other"},
-                                                 login_status=status) as space:
+        for faults in ("", "400 on=token text=Invalid-user-credentials times=None"):
+            with self.subTest(faults), DataSpace(ORBITS, users={"user": "other"}) as space:
+                switch_on(space, faults)
                 session = self.session(space)
                 tasks = [self.known(space, record) for record in ORBITS]
                 for attempt in (lambda: cso.fetch(tasks[0], session),
@@ -5455,8 +5264,7 @@ class TokenTest(DownloadCase):
                                 lambda: list(cso.download(tasks, session))):
                     with self.assertRaises(cso.LoginError) as caught:
                         attempt()
-                self.assertIn("Invalid user credentials", str(caught.exception))
-                self.assertIn("CDSE_USERNAME", str(caught.exception))
+                self.assertRegex(str(caught.exception), "Invalid.user.credentials.*CDSE_USERNAME")
                 self.assertEqual((space.count("token"), space.count("value"), self.waits),
                                  (1, 0, []))
 
