@@ -2527,11 +2527,9 @@ class ExpressionTest(unittest.TestCase):
     def value(self, text, names={}):
         return cso.evaluate(cso.parse_expression(text), names)
 
-    def refuse(self, text, names={}):
-        with self.assertRaises(ValueError, msg=text[:80]) as caught:
+    def refuse(self, text, said=".", names={}):
+        with self.assertRaisesRegex(ValueError, said, msg=text[:80]):
             self.value(text, names)
-        self.assertTrue(str(caught.exception))
-        return str(caught.exception)
 
     def test_values(self):
         for text, expected in (
@@ -2549,7 +2547,10 @@ class ExpressionTest(unittest.TestCase):
                 ("'NO2'.lower()", "no2"), ("' a '.strip().upper()", "A"),
                 ("'a,b'.split(',')", ["a", "b"]), ("'S5P'.startswith('S5')", True),
                 ("'a.nc'.endswith('.nc')", True), ("'a-b'.replace('-', '+')", "a+b"),
-                ("  (1)  ", 1), ("1 in [1,\n 2]", True)):
+                ("  (1)  ", 1), ("1 in [1,\n 2]", True),
+                # only what decides is evaluated
+                ("1 or 1/0", 1), ("0 and 1/0", 0), ("1 if 1 else 1/0", 1), ("'' or 0 or 'z'", "z"),
+                ("1 and '' and 1/0", "")):
             with self.subTest(text):
                 result = self.value(text)
                 self.assertEqual((result, type(result)), (expected, type(expected)))
@@ -2558,18 +2559,12 @@ class ExpressionTest(unittest.TestCase):
         row = {"processing": "RPRO", "orbit": "02818", "len": "hides the function"}
         self.assertIs(self.value("processing in ['RPRO', 'OFFL'] and orbit[0] == '0'", row), True)
         self.assertEqual(self.value("len", row), "hides the function")
-        self.assertIn("processing", self.refuse("procesing == 'RPRO'", row))
-        self.assertIn("T", self.refuse("T == 1"))
+        self.refuse("procesing == 'RPRO'", "processing", row)
+        self.refuse("T == 1", "T ")
 
-    def test_only_what_decides_is_evaluated(self):
-        for text, expected in (
-                ("1 or 1/0", 1), ("0 and 1/0", 0), ("1 if 1 else 1/0", 1), ("'' or 0 or 'z'", "z"),
-                ("1 and '' and 1/0", "")):
-            with self.subTest(text):
-                self.assertEqual(self.value(text), expected)
-
-    def test_what_is_no_expression_or_not_allowed(self):
+    def test_refused(self):
         for text in (
+                # no expression, or not allowed
                 "", "   ", "#", "1 = 1", "x = 1", "1;2", "1\n2", "import os", "(", ")", "'a", "1 2",
                 "$x", "1 and", "007", "a if b", "lambda: 1", "[x for x in [1]]", "{x for x in [1]}",
                 "(x for x in 'a')", "{x: 1 for x in 'a'}", "(x := 1)", "(yield)", "(yield 1)",
@@ -2578,23 +2573,15 @@ class ExpressionTest(unittest.TestCase):
                 "eval('1')", "__import__('os')", "().__class__", "'a'.format(1)", "'a'.join('b')",
                 "'a'.encode()", "'a'.upper", "int", "'a'.__class__", "[].append(1)", "max.__self__",
                 "'%s' % 1", "'%9999d' % 1", "1 << 2", "1 | 2", "1 & 2", "1 ^ 2", "~1", "1 @ 2",
-                "\0", "'\0'", "\udcff", "'a" + "\udcff'"):
-            with self.subTest(text):
-                self.refuse(text)
-
-    def test_values_that_go_wrong(self):
-        for text in (
+                "\0", "'\0'", "\udcff", "'a" + "\udcff'",
+                # values that go wrong
                 "1/0", "1 // 0", "0 ** -1", "1 % 0", "2.0 ** 1e10", "10 ** 400 / 3", "int(1e309)",
                 "int('x')", "int('1', 99)", "float('x')", "'a' + 1", "-'a'", "[] < 1", "1 in 1",
                 "[1][5]", "{}['a']", "{[]: 1}", "{[1]}", "{{}: 1}", "{}[[]]", "'abc'[::0]",
                 "'abc'['a']", "1[0]", "None[0]", "len(1)", "max()", "max([])", "max('a', 1)",
                 "sum('abc')", "sum(['a'])", "sum(1)", "round('x')", "abs('x')", "'a'.split('')",
-                "'a'.replace('b')", "'a'.upper(1)", "1 .upper()", "'a'()", "1()", "nosuch"):
-            with self.subTest(text):
-                self.refuse(text)
-
-    def test_nothing_grows_without_bound(self):
-        for text in (
+                "'a'.replace('b')", "'a'.upper(1)", "1 .upper()", "'a'()", "1()", "nosuch",
+                # nothing grows without bound
                 "9 ** 9 ** 9", "10 ** 10 ** 10", "2 ** 99999", "'x' * 10 ** 15", "10 ** 15 * 'x'",
                 "[0] * 10 ** 9", "[[0] * 999] * 999", "'x' * 9999 + 'x' * 9999",
                 "('x' * 9999).replace('x', 'y' * 9999)",
@@ -2939,8 +2926,7 @@ class SettingsTest(SettingsCase):
                 cso.read_settings(name)
 
     def test_files_that_would_never_end(self):
-        for limit in ("MOST_CHARACTERS", "LONGEST_LINE", "LONGEST_TOTAL", "MOST_LINES"):
-            self.use(mock.patch.object(cso, limit, 400000, create=True))
+        self.use(mock.patch.object(cso, "MOST_CHARACTERS", 400000))
         doubling = "".join("a%d : ${a%d}${a%d}\n" % (i, i + 1, i + 1) for i in range(64))
         doubling += "a64 : x"
         loops = "".join("#for A%d in 0 1 2 3 4 5 6 7 8 9\n" % i for i in range(9))
@@ -2993,17 +2979,6 @@ class SettingsTest(SettingsCase):
                 line, = [line for line in lines if line.startswith("%s : %s " % (key, value))]
                 self.assertTrue(line.endswith(place), line)
 
-    def test_command_tells_what_is_wrong_without_a_traceback(self):
-        self.write("main.rc", "\na : ${nosuch}")
-        for args, pieces in (
-                (["main.rc"], ["main.rc:2", "nosuch"]), (["absent.rc"], ["absent.rc"])):
-            with self.subTest(args):
-                status, out, err = self.run_main("settings", *args)
-                self.assertEqual((status, out), (1, ""))
-                self.assertNotIn("Traceback", err)
-                for piece in pieces:
-                    self.assertIn(piece, err)
-
 
 class OriginalNamesTest(SettingsCase):
     """The names of the original tool keep their signatures and what they do with settings."""
@@ -3012,7 +2987,7 @@ class OriginalNamesTest(SettingsCase):
         return cso.UtopyaRc(self.write("main.rc", text), rcbase, env)
 
     def test_signatures(self):
-        """Exactly these parameters; what else there is can be given by keyword only."""
+        """What else there is can be given by keyword only."""
         for function, promised in (
                 (cso.CSO_DataSpace_Inquire, "(rcfile, rcbase='', env={}, indent='')"),
                 (cso.CSO_DataSpace_Downloader, "()"),
@@ -3034,10 +3009,6 @@ class OriginalNamesTest(SettingsCase):
                 self.assertEqual(str(signature.replace(parameters=kept)), promised)
         self.assertTrue(issubclass(cso.CSO_DataSpace_Inquire, cso.UtopyaRc))
 
-    def test_null_auth_returns_its_argument(self):
-        request = object()
-        self.assertIs(cso.NullAuth()(request), request)
-
     def test_rcfile(self):
         rcf = cso.RcFile(self.write("main.rc", "n : 3\nx : ${E}\nt : T\nd :"), env={"E": 1})
         self.assertEqual(sorted(rcf.keys()), ["d", "n", "t", "x"])
@@ -3055,8 +3026,6 @@ class OriginalNamesTest(SettingsCase):
         env = {"A": "1"}
         self.utopya("x : ${A}\nA : 2", env=env)
         self.assertEqual(env, {"A": "1"})
-        for function in (cso.UtopyaRc, cso.RcFile, cso.CSO_DataSpace_Inquire):
-            self.assertEqual(inspect.signature(function).parameters["env"].default, {})
 
     def test_subclass_reads_when_told_to(self):
         class Tool(cso.UtopyaRc):
@@ -3074,8 +3043,9 @@ class OriginalNamesTest(SettingsCase):
 
     def test_fallbacks(self):
         """The full key, then *. before it, then *. before ever less of it; first present wins."""
-        keys = ("*.cso.no2.inq.area", "*.no2.inq.x", "*.inq.url", "*.url", "*.start", "plain",
-                "cso.no2.inq.timerange.start", "cso.*.mid")
+        keys = ("*.cso.no2.inq.area", "*.no2.inq.area", "*.no2.inq.x", "*.inq.x", "*.inq.url",
+                "*.url", "*.start", "cso.no2.inq.timerange.start", "*.cso.no2.inq.timerange.start",
+                "plain", "cso.*.mid")
         rc = self.utopya("".join("%s : %s\n" % (key, key) for key in keys) + "*.flag : T",
                          "cso.no2.inq")
         for name, expected in (
@@ -3092,13 +3062,6 @@ class OriginalNamesTest(SettingsCase):
                 self.assertIn(piece, str(caught.exception))
         self.assertIs(rc.GetSetting("flag", "bool"), True)
         self.assertEqual(cso.UtopyaRc(self.path("main.rc")).GetSetting("plain"), "plain")
-
-    def test_fallback_order(self):
-        keys = ["a.b.c.d", "*.a.b.c.d", "*.b.c.d", "*.c.d", "*.d"]
-        for present in range(len(keys)):
-            with self.subTest(keys[present]):
-                rc = self.utopya("".join("%s : %s\n" % (key, key) for key in keys[present:]), "a.b")
-                self.assertEqual(rc.GetSetting("c.d"), keys[present])
 
     def test_defaults(self):
         rc = self.utopya("b.bad : x", "b")
@@ -3727,26 +3690,6 @@ class NamesTest(Case):
                     'processing producttype orbit collection processor_version start end'
                     ).split()), expected)
 
-    def test_times(self):
-        for text, expected in (
-                ('2024-06-04T11:01:00Z', '2024-06-04 11:01:00'),
-                ('2024-06-04T11:01:00', '2024-06-04 11:01:00'),
-                ('2024-06-04T11:01:00.5Z', '2024-06-04 11:01:00.500000'),
-                ('2024-06-04T11:01:00.494Z', '2024-06-04 11:01:00.494000'),
-                ('2024-06-04T11:01:00.494767Z', '2024-06-04 11:01:00.494767'),
-                ('2024-06-04T11:01:00.494767123Z', '2024-06-04 11:01:00.494767'),
-                ('2024-06-04T11:01:00.999999999Z', '2024-06-04 11:01:00.999999'),
-                ('2024-06-04T11:01:00.494767+00:00', '2024-06-04 11:01:00.494767'),
-                ('2024-06-04T01:01:00+02:00', '2024-06-03 23:01:00'),
-                ('2024-06-04T23:01:00-0330', '2024-06-05 02:31:00'),
-                ('2024-06-04', None), ('2024-06-04T24:01:00Z', None), ('', None),
-                ('2024-06-04T11:01:00.1234567890Z', None), ('2024-06-04T11:01:00 CEST', None)):
-            with self.subTest(text):
-                if expected:
-                    self.assertEqual(str(cso.parse_time(text)), expected)
-                else:
-                    self.assertRaises(ValueError, cso.parse_time, text)
-
     def test_times_are_cut_to_milliseconds(self):
         time_ = datetime.datetime(2018, 7, 1, 0, 0, 0, 999999)
         self.assertEqual(cso.format_time(time_), '2018-07-01T00:00:00.999Z')
@@ -3764,34 +3707,6 @@ class NamesTest(Case):
                      '-200,0,200,1', ',,,'):
             with self.subTest(text), self.assertRaises(ValueError):
                 cso.Box.from_text(text)
-
-    def test_plain_names(self):
-        for name in (NO2, 'a.nc', 'S6A_x.SEN6', 'a..b', 'Königsberg.nc', 'console.nc'):
-            with self.subTest(name):
-                self.assertEqual(cso.safe_name(name), name)
-        for name in ('', '.', '..', '...', '../a.nc', '/etc/passwd', 'a/b.nc', 'a\\b.nc', 'C:a.nc',
-                     'a\nb.nc', 'a\0b.nc', 'a\x7fb', 'NUL', 'con.nc', 'a.nc:stream', ' .. '):
-            with self.subTest(repr(name)), self.assertRaises(ValueError):
-                cso.safe_name(name)
-
-    def test_old_hrefs_are_mended(self):
-        creodias = 'https://zipper.creodias.eu/odata/v1/Products(%s)/$value' % UUID
-        for href, expected in (
-                (DOWNLOAD % UUID, DOWNLOAD % UUID),
-                (ZIPPER % UUID, DOWNLOAD % UUID),
-                (ZIPPER % ("'%s'" % UUID), DOWNLOAD % UUID),
-                (DOWNLOAD % ('"%s"' % UUID), DOWNLOAD % UUID),
-                ((ZIPPER % UUID).replace('https', 'http'), DOWNLOAD % UUID),
-                ((DOWNLOAD % UUID).replace('https', 'http'), DOWNLOAD % UUID),
-                (' %s\n' % (ZIPPER % UUID), DOWNLOAD % UUID),
-                ('https://%s/odata/v1/Products(\'%s\')/$value' % (CATALOGUE, UUID),
-                 'https://%s/odata/v1/Products(%s)/$value' % (CATALOGUE, UUID)),
-                (creodias, creodias),
-                ('https://zipper.dataspace.copernicus.eu.evil.net/a',
-                 'https://zipper.dataspace.copernicus.eu.evil.net/a'),
-                ('s3://eodata/Sentinel-5P/' + NO2, 's3://eodata/Sentinel-5P/' + NO2)):
-            with self.subTest(href):
-                self.assertEqual(cso.mend_href(href), expected)
 
 
 class CatalogueTest(CatalogueCase):
@@ -3854,7 +3769,12 @@ class CatalogueTest(CatalogueCase):
              '2025-03-11 12:19:40%s 2025-03-11 13:18:05%s' % (meant, meant))
             for written, meant in (('Z', ''), ('.1Z', '.100000'), ('.123Z', '.123000'), ('', ''),
                                    ('.123456Z', '.123456'), ('.123456789Z', '.123456'),
-                                   ('.123456+00:00', '.123456'), ('.000000Z', ''))])
+                                   ('.999999999Z', '.999999'), ('.123456+00:00', '.123456'),
+                                   ('.000000Z', ''))])
+        self.read_entries('odata', [
+            (odata_entry(ContentDate={'Start': start, 'End': '2025-03-11T23:00:00Z'}), 'start', (
+                meant)) for start, meant in (('2025-03-11T01:01:00+02:00', '2025-03-10 23:01:00'),
+                                             ('2025-03-10T23:01:00-0330', '2025-03-11 02:31:00'))])
         self.read_entries('odata', [
             (odata_entry(ContentLength=size), 'size', known) for size, known in (
                 (622854144, 622854144), (1, 1), (0, 0), (-1, 0), (None, 0), (KeyError, 0))])
@@ -3939,7 +3859,10 @@ class CatalogueTest(CatalogueCase):
         space = self.use(DataSpace([]))
         for api, entry in (('odata', {}), ('odata', odata_entry(Id=KeyError)), ('odata', None),
                            ('odata', odata_entry(ContentDate=None)),
-                           ('odata', odata_entry(ContentDate={'Start': 'now', 'End': 'then'})),
+                           *(('odata', odata_entry(ContentDate={'Start': time, 'End': time}))
+                             for time in ('now', '', '2024-06-04', '2024-06-04T24:01:00Z',
+                                          '2024-06-04T11:01:00.1234567890Z',
+                                          '2024-06-04T11:01:00 CEST')),
                            ('opensearch', {'properties': {}}), ('opensearch', {}),
                            ('opensearch', resto_entry(title=KeyError)),
                            ('stac', stac_entry(asset={'alternate': KeyError})),
@@ -3952,17 +3875,22 @@ class CatalogueTest(CatalogueCase):
 
     def test_names_that_are_no_file_names_are_errors(self):
         space = self.use(DataSpace([]))
-        for name in ('../evil.nc', '/etc/passwd', '..', 'a\\b.nc', 'C:a.nc', 'a\nb.nc'):
+        for name in ('', '.', '..', '...', ' .. ', '../a.nc', '/etc/passwd', 'a/b.nc', 'a\\b.nc',
+                     'C:a.nc', 'a\nb.nc', 'a\0b.nc', 'a\x7fb', 'NUL', 'con.nc', 'a.nc:stream'):
             for api, entry in (('odata', odata_entry(Name=name)),
                                ('opensearch', resto_entry(title=name)),
                                ('stac', stac_entry(asset={'file:local_path': name}))):
-                if api == 'stac' and '/' in name:
+                if api == 'stac' and ('/' in name or not name):
                     continue        # a path is what STAC gives; its last part is the name
                 with self.subTest(api, name=name):
                     self.tell(space, api, PAGES[api](entry))
                     with self.assertRaisesRegex(cso.CatalogueError, 'file name'):
                         self.inquire(space, {'timerange.end': '2026-01-01'}, api)
         self.assertEqual(self.files(), ['my.rc'])
+        for name in ('a.nc', 'S6A_x.SEN6', 'a..b', 'K\xf6nigsberg.nc', 'console.nc'):
+            with self.subTest(name):
+                self.tell(space, 'odata', PAGES['odata'](odata_entry(Name=name)))
+                self.assertEqual(self.names(space, {'timerange.end': '2026-01-01'}), [name])
 
     def test_what_services_say_reaches_the_user(self):
         space = self.use(DataSpace([]))
@@ -6390,10 +6318,11 @@ class TlsTest(DownloadCase):
 
     def test_hrefs_of_all_ages(self):
         record = ORBITS[0]
-        for href in (self.real(record), self.real(record, "zipper"),
-                     self.real(record, "zipper").replace("(", "('").replace(")", "')"),
-                     self.real(record, "zipper").replace("https", "http"),
-                     "s3:/" + s3_path(record)):
+        zipper = self.real(record, "zipper")
+        for href in (self.real(record), zipper, zipper.replace("(", "('").replace(")", "')"),
+                     zipper.replace("(", '("').replace(")", '")'), " %s\n" % zipper,
+                     zipper.replace("https", "http"),
+                     self.real(record).replace("https", "http"), "s3:/" + s3_path(record)):
             with self.subTest(href), self.all_names():
                 self.new_folder()
                 self.assertEqual(self.fetch(href).state, "verified")
