@@ -3595,19 +3595,14 @@ def changed(changes, **entry):
     return {name: value for name, value in entry.items() if value is not KeyError}
 
 
-PAGES = {'odata': lambda entry: {'value': [entry]},
-         'opensearch': lambda entry: {'type': 'FeatureCollection', 'features': [entry]},
-         'stac': lambda entry: {'type': 'FeatureCollection', 'features': [entry]}}
+def page_of(api, *entries):
+    """A page of a service."""
+    return {'value': list(entries)} if api == 'odata' else {
+        'type': 'FeatureCollection', 'features': list(entries)}
 
 
 class CatalogueCase(Case):
     """Inquiries of the stand-in."""
-
-    def setUp(self):
-        super().setUp()
-        quiet = logging.NullHandler()
-        cso.log.addHandler(quiet)
-        self.addCleanup(cso.log.removeHandler, quiet)
 
     def rc(self, space=None, settings={}, api='odata'):
         """Write my.rc, an inquiry of all NO2 of 2015 to 2024 with other settings; its path."""
@@ -3641,9 +3636,15 @@ class CatalogueCase(Case):
     def small_pages(self, size=10):
         self.use(mock.patch.dict(cso.PAGE, dict.fromkeys(cso.PAGE, size)))
 
+    @contextlib.contextmanager
     def logged(self, level='INFO'):
-        """The records of the log within a with block."""
-        return self.assertLogs('cso_dataspace', level)
+        """The messages of the log within a with block; those of lower levels are left out."""
+        messages = []
+        with self.assertLogs('cso_dataspace', 'DEBUG') as logged:
+            cso.log.debug('for assertLogs, which wants one at least')
+            yield messages
+        messages += [record.getMessage() for record in logged.records
+                     if record.levelno >= getattr(logging, level)]
 
     def tell(self, space, api, body, status=200):
         """From now on let a service give this answer."""
@@ -3756,7 +3757,7 @@ class CatalogueTest(CatalogueCase):
         space = self.use(DataSpace([]))
         for entry, fields, expected in cases:
             with self.subTest(fields=fields, entry=entry):
-                self.tell(space, api, PAGES[api](entry))
+                self.tell(space, api, page_of(api, entry))
                 product, = self.search(space, api)
                 self.assertEqual(product.product_id, UUID)
                 self.assertEqual(' '.join(str(getattr(product, field)) for field in fields.split()),
@@ -3782,13 +3783,12 @@ class CatalogueTest(CatalogueCase):
     def test_checksums_of_odata(self):
         zeros, md5 = 32 * '0', 'FB6A3D0D83655781C952C6FB6E88F962'
         blake3 = {'Value': 2 * md5, 'Algorithm': 'BLAKE3'}
-        for value in ('', 'N/A', zeros, None, md5[1:], md5 + '0', KeyError):
-            self.read_entries('odata', [(odata_entry(Checksum=[changed(
-                {}, Value=value, Algorithm='MD5')]), 'md5', '')])
-        self.read_entries('odata', [(odata_entry(Checksum=checksum), 'md5', known)
-                                    for checksum, known in (
-            (KeyError, ''), (None, ''), ([], ''), ([{}], ''), ([blake3], ''),
-            ([blake3, {'Value': md5, 'Algorithm': 'MD5'}], md5.lower()))])
+        self.read_entries('odata', [(odata_entry(Checksum=[changed(
+            {}, Value=value, Algorithm='MD5')]), 'md5', '') for value in (
+                '', 'N/A', zeros, None, md5[1:], md5 + '0', KeyError)] + [
+            (odata_entry(Checksum=checksum), 'md5', known) for checksum, known in (
+                (KeyError, ''), (None, ''), ([], ''), ([{}], ''), ([blake3], ''),
+                ([blake3, {'Value': md5, 'Algorithm': 'MD5'}], md5.lower()))])
 
     def test_attributes_of_odata(self):
         some = [{'Name': 'orbitNumber', 'Value': 9756}, {'Name': 'timeliness', 'Value': 'NT'},
@@ -3850,7 +3850,7 @@ class CatalogueTest(CatalogueCase):
                       odata_entry(GeoFootprint=KeyError, Footprint=text)):
             for area, count in (('0,30,10,50', 1), ('100,-60,120,-40', 0)):
                 with self.subTest(area, entry=entry):
-                    self.tell(space, 'odata', PAGES['odata'](entry))
+                    self.tell(space, 'odata', page_of('odata', entry))
                     self.assertEqual(len(self.inquire(space, {
                         'area': area, 'timerange.end': '2026-01-01'})), count)
 
@@ -3868,7 +3868,7 @@ class CatalogueTest(CatalogueCase):
                            ('stac', stac_entry(asset={'alternate': KeyError})),
                            ('stac', {'id': 'x', 'properties': {}})):
             with self.subTest(api, entry=entry):
-                self.tell(space, api, PAGES[api](entry))
+                self.tell(space, api, page_of(api, entry))
                 with self.assertRaisesRegex(cso.CatalogueError, re.escape(getattr(space, api))):
                     self.inquire(space, {}, api)
                 self.assertEqual(self.read('table.csv'), b'old')
@@ -3883,13 +3883,13 @@ class CatalogueTest(CatalogueCase):
                 if api == 'stac' and ('/' in name or not name):
                     continue        # a path is what STAC gives; its last part is the name
                 with self.subTest(api, name=name):
-                    self.tell(space, api, PAGES[api](entry))
+                    self.tell(space, api, page_of(api, entry))
                     with self.assertRaisesRegex(cso.CatalogueError, 'file name'):
                         self.inquire(space, {'timerange.end': '2026-01-01'}, api)
         self.assertEqual(self.files(), ['my.rc'])
         for name in ('a.nc', 'S6A_x.SEN6', 'a..b', 'K\xf6nigsberg.nc', 'console.nc'):
             with self.subTest(name):
-                self.tell(space, 'odata', PAGES['odata'](odata_entry(Name=name)))
+                self.tell(space, 'odata', page_of('odata', odata_entry(Name=name)))
                 self.assertEqual(self.names(space, {'timerange.end': '2026-01-01'}), [name])
 
     def test_what_services_say_reaches_the_user(self):
@@ -3911,7 +3911,7 @@ class CatalogueTest(CatalogueCase):
                 ({'code': 'NotFoundError', 'description': 'No such thing'}, 'No such thing'),
                 ({'message': 'Malformed', 'code': 'DAT-ZIP-104'}, 'Malformed.*DAT-ZIP-104'),
                 (b'<html><head><title>x</title><style>a{}</style></head><h1>Bad\n request</h1>',
-                 r'Bad request\b'), (b'plain words', 'plain words'), (b'', ''),
+                 r'Bad request\b'), (b'plain words', 'plain words'),
                 ([['odd'], {'detail': None}], 'odd')):
             for api in APIS:
                 with self.subTest(api, body=body):
@@ -3990,27 +3990,20 @@ class CatalogueTest(CatalogueCase):
 
     def test_a_list_of_collections_in_many_pages(self):
         """Each page of it is no page of products that brings nothing new."""
-        next_link = [{'rel': 'next', 'href': 'collections?page=2'}]
-        none = {'type': 'FeatureCollection', 'features': []}
-        many = [{'collections': [{'id': 'sentinel-2-' + name}], 'links': next_link}
-                for name in 'abc'] + [{'collections': [{'id': 'sentinel-2-d'}]}, none]
-        again = [dict(many[0]), dict(many[0]), none]
-        day = datetime.datetime(2025, 1, 1)
-        query = cso.Query('http://127.0.0.1/v1', 'Sentinel2', '', day, day)
-        for pages, raised in ((many, False), (again, True)):
-            asked = []
-
-            class Pages:
-                retry = cso.Retry(1)
-                note = staticmethod(asked.append)
-
-                def read_json(self, request, retry=None):
-                    return pages.pop(0)
-            with self.subTest(raised=raised), contextlib.ExitStack() as stack:
-                if raised:
-                    stack.enter_context(self.assertRaisesRegex(cso.CatalogueError, 'nothing new'))
-                self.assertEqual(list(cso.search(query, Pages())), [])
-                self.assertIn('sentinel-2-a,sentinel-2-b,sentinel-2-c,sentinel-2-d', asked[-1].url)
+        def tell(page):
+            space.faults.add('told', 'stac', body=page)
+        space, more = self.use(DataSpace([])), [{'rel': 'next', 'href': 'collections?page=2'}]
+        for names, error in (('abcd', None), ('aad', 'nothing new')):
+            with self.subTest(names), contextlib.ExitStack() as stack:
+                space.faults.clear()
+                for name in names[:-1]:
+                    tell({'collections': [{'id': 'sentinel-2-' + name}], 'links': more})
+                tell({'collections': [{'id': 'sentinel-2-' + names[-1]}]})
+                if error:
+                    stack.enter_context(self.assertRaisesRegex(cso.CatalogueError, error))
+                self.assertEqual(self.inquire(space, {'collection': 'Sentinel2'}, 'stac'), [])
+                self.assertIn('collections=' + ','.join('sentinel-2-' + name for name in names),
+                              space.requests[-1][1])
 
     def test_links_of_stac_that_are_merged(self):
         link = {'rel': 'next', 'href': 'search', 'method': 'POST', 'body': {'token': 'x'}}
@@ -4024,7 +4017,7 @@ class CatalogueTest(CatalogueCase):
 class PagingTest(CatalogueCase):
     """A list is complete, or there is an error and the old table stays."""
 
-    FULL, ERROR, EITHER = 'full', 'error', 'full or error'
+    FULL, ERROR = 'full', 'error'
     FAULTS = (          # kind, how often (None: for ever), details, how it ends
         ('429', 1, {}, FULL), ('429', 2, {'retry_after': 7}, FULL),
         ('429', 1, {'retry_after': 'date', 'seconds': 30}, FULL),
@@ -4033,13 +4026,12 @@ class PagingTest(CatalogueCase):
         ('json', None, {}, ERROR), ('cut', 1, {}, FULL),
         ('rst', 1, {}, FULL), ('drop', 1, {}, FULL), ('drop', None, {}, ERROR),
         ('400', 2, {}, ERROR),
-        ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL), ('empty-page', 1, {}, EITHER),
-        ('empty-page', None, {}, ERROR), ('repeat', 1, {}, EITHER), ('repeat', None, {}, EITHER),
-        ('repeat', None, {'same_link': True}, EITHER))
+        ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL),
+        ('empty-page', None, {}, ERROR), ('repeat', None, {}, ERROR),
+        ('repeat', None, {'same_link': True}, ERROR))
 
     def test_faults_on_first_middle_and_last_page(self):
         self.small_pages()
-        ends = collections.Counter()
         with DataSpace(list(made_products(25, checksum='')), keep_pages=True) as space:
             for api in APIS:
                 whole = self.table(space, {}, api)
@@ -4051,16 +4043,15 @@ class PagingTest(CatalogueCase):
                         with self.subTest(api, kind=kind, times=times, page=page, **detail):
                             space.faults.clear()
                             fault = space.faults.add(kind, api, times, page, **detail)
-                            ends[self.run_into(space, api, whole, expected)] += 1
+                            self.run_into(space, api, whole, expected)
                             self.assertGreater(fault.taken, 0)
                             if 'retry_after' in detail:
                                 self.assertGreater(min(self.waits), 6)
                 space.faults.clear()
                 space.kinds.clear()
-        self.assertGreater(min(ends.values()), 60, ends)
 
     def run_into(self, space, api, whole, expected):
-        """Inquire; how it ended, after a look at the table, the warnings and the folder."""
+        """Inquire and look at the end, the table, the warnings and the folder."""
         self.write('table.csv', 'old')
         del self.waits[:]
         with mock.patch.object(cso.log, 'warning') as warning:
@@ -4070,10 +4061,8 @@ class PagingTest(CatalogueCase):
             except cso.DataSpaceError as error:
                 table, ended = self.read('table.csv'), self.ERROR
                 self.assertIn('127.0.0.1', str(error))
-        self.assertIn(ended, expected)
-        self.assertEqual(table, whole if ended == self.FULL else b'old')
+        self.assertEqual((ended, table), (expected, whole if expected == self.FULL else b'old'))
         self.assertEqual(self.files(), ['my.rc', 'table.csv'])
-        return ended
 
     def test_stalls(self):
         self.small_pages(5)
@@ -4247,12 +4236,10 @@ class RetiredTest(CatalogueCase):
                 del self.waits[:]
                 table = self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
                 self.assertEqual(table, self.expected)
-                told = [record.getMessage() for record in logged.records]
-                retired = [text for text in told if 'retired' in text]
-                self.assertEqual(len(retired), 1)
-                self.assertIn('http://%s/odata/v1' % CATALOGUE, retired[0])
-                self.assertEqual(len(told), 1 + len(self.waits))
-                self.assertLessEqual(len(self.waits), 1)
+            retired, = [text for text in logged if 'retired' in text]
+            self.assertIn('http://%s/odata/v1' % CATALOGUE, retired)
+            self.assertEqual(len(logged), 1 + len(self.waits))
+            self.assertLessEqual(len(self.waits), 1)
 
     def test_asked_for_by_name_it_is_an_error(self):
         self.write('table.csv', 'old')
@@ -4324,7 +4311,7 @@ class InquireTest(CatalogueCase):
             with DataSpace([CH4, no2], tls=chain.context(), opensearch=mode) as space, \
                     names_on_loopback({CATALOGUE: space}):
                 for species, table in expected.items():
-                    with self.subTest(species, mode=mode), self.logged() as logged:
+                    with self.subTest(species, mode=mode), self.logged('WARNING') as logged:
                         work = self.path(mode, species)
                         rcfile = self.write('doc.rc', self.DOCUMENTED.replace(
                             'L2__NO2', 'L2__' + species))
@@ -4333,8 +4320,7 @@ class InquireTest(CatalogueCase):
                         self.assertRegex(name, r'^PAL_S5P_NO2_20\d\d-\d\d-\d\d\.csv$')
                         self.assertEqual(self.read(work, name).decode(), table)
                         self.assertEqual(len(done.rows), 1)
-                        self.assertEqual(sum(record.levelname == 'WARNING'
-                                             for record in logged.records), warnings)
+                    self.assertEqual(len(logged), warnings)
 
     def test_bad_settings(self):
         mistakes = (    # setting, value (None: not there), what is said beside setting and place
@@ -4386,7 +4372,7 @@ class InquireTest(CatalogueCase):
 
     def test_types_of_other_missions_pass_as_they_are(self):
         with DataSpace() as space:
-            for producttype in ('S2MSI1C', 'GRD', 'x', "it's"):
+            for producttype in ('S2MSI1C', "it's"):
                 self.inquire(space, {'collection': 'Sentinel2', 'producttype': producttype})
                 asked = urllib.parse.unquote(space.requests[-1][1])
                 self.assertIn("eq '%s'" % producttype.replace("'", "''"), asked)
@@ -4436,10 +4422,8 @@ class InquireTest(CatalogueCase):
         """Names of an inquiry of which one step is logged in one line that matches."""
         with self.logged() as logged:
             names = self.names(space, settings)
-        lines = [record.getMessage() for record in logged.records
-                 if record.getMessage().startswith(step)]
-        self.assertEqual(len(lines), 1, lines)
-        self.assertRegex(lines[0], said)
+        line, = [text for text in logged if text.startswith(step)]
+        self.assertRegex(line, said)
         return names
 
     def test_selection(self):
@@ -4516,17 +4500,15 @@ class InquireTest(CatalogueCase):
             self.assertEqual(len(self.names(space)), 5)
 
     def test_missing_footprints_are_a_warning_only_where_there_should_be_one(self):
-        with DataSpace() as space, self.logged() as logged:
+        with DataSpace() as space, self.logged('WARNING') as logged:
             names = self.names(space, {'producttype': 'L2__O3_TCL', 'area': '-30,30,35,76'})
             self.assertEqual(len(names), 3)
             self.assertEqual(names, self.names(space, {
                 'producttype': 'L2__O3_TCL', 'area': '40,40,41,41', 'area.filter': 'server'}))
-            self.assertNotIn('WARNING', [record.levelname for record in logged.records])
-        with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged() as logged:
+        self.assertEqual(logged, [])
+        with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged('WARNING') as logged:
             self.inquire(space, {'area': '-30,30,35,76', 'timerange.end': '2026-01-01'})
-            told, = [record.getMessage() for record in logged.records
-                     if record.levelname == 'WARNING']
-            self.assertIn('1 of them without a readable footprint', told)
+        self.assertIn('1 of them without a readable footprint', *logged)
 
     def test_columns(self):
         with DataSpace([CH4._replace(content=321)]) as space:
@@ -4572,10 +4554,9 @@ class InquireTest(CatalogueCase):
                         self.path('x.geojson'))}, api)
                     self.assertIn(b'"features": []', self.read('x.geojson'))
                     self.assertEqual(table.decode(), HEADER)
-                    said, = [record.getMessage() for record in logged.records]
-                    for word in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76',
-                                 space.url):
-                        self.assertIn(word, said)
+                for word in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76',
+                             space.url):
+                    self.assertIn(word, *logged)
 
     def test_date_of_today_in_names(self):
         today = datetime.datetime(2026, 11, 5, 23, 59)
@@ -4689,7 +4670,7 @@ class TableTest(CatalogueCase):
         rows = [self.row(), self.row()._replace(href=ZIPPER % UUID), self.row()]
         with self.logged('WARNING') as logged:
             task, = cso.tasks_of(rows)
-        self.assertEqual((task.href, len(logged.records)), (rows[0].href, 1))
+        self.assertEqual((task.href, len(logged)), (rows[0].href, 1))
 
     def test_no_column_leads_out_of_the_folder(self):
         for orbit, expected in (('02818', 'data/02818'), ('', 'data/unknown'), ('..', None),
