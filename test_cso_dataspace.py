@@ -14,6 +14,7 @@ import csv
 import datetime
 import email.utils
 import errno
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -1765,7 +1766,10 @@ class DataSpace(Loopback):
     any number; release_delay: seconds that a session still counts after its transfer.  clock: of
     the tokens.  page_limit: most products on a page, whatever is asked.  opensearch: 'on', or
     'retired-' with 404, 410, 301, 503, html, json or empty.  stac_next: method of next links.
-    keep_pages: remember the pages of the catalogues, so that a benchmark does not measure them."""
+    keep_pages: remember the pages of the catalogues, so that a benchmark does not measure them.
+    After MOST_REQUESTS all are refused, so that a client that asks for ever comes to its end."""
+
+    MOST_REQUESTS = 5000
 
     def __init__(self, records=None, tls=None, content_size=20000, max_transfers=4,
                  release_delay=0, expires_in=600, users=None, totp=None, page_limit=None,
@@ -1917,6 +1921,8 @@ class DataSpace(Loopback):
             answer = refused.answer
         except BadRequest as error:
             answer = json_answer({'detail': {'message': str(error)}}, 400)
+        if len(self.requests) > self.MOST_REQUESTS:
+            answer = json_answer({'detail': 'Too many requests for a test'}, 400)
         if kept and answer.status == 200:
             self.pages[key] = answer.body
         return answer
@@ -2115,6 +2121,9 @@ class Case(unittest.TestCase):
     maxDiff = None
 
     def setUp(self):
+        # a product that hangs ends the run with a traceback of its threads
+        faulthandler.dump_traceback_later(100, exit=True, file=sys.__stderr__)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
@@ -4623,11 +4632,13 @@ class TableTest(CatalogueCase):
                            ('bom', '\ufeff' + HEADER + row + '\n'), ('quoted', quoted),
                            ('turned', turned), ('blank lines', HEADER + '\n' + row + '\n\n'),
                            ('spaces', HEADER.replace(';', ' ; ') + row.replace(';', ' ; ')),
-                           ('more columns', HEADER.replace('\n', ';notes\n') + row + ';;\n'[1:])):
+                           ('more columns', HEADER.replace('\n', ';notes\n') + row + ';\n')):
             with self.subTest(what):
                 self.assertEqual(cso.read_table(self.write('t.csv', text)), [expected])
-        few = cso.read_table(self.write('t.csv', 'href;filename\n%s;a.nc\n' % (DOWNLOAD % UUID)))
-        self.assertEqual(few, [self.row()._replace(filename='a.nc')])
+        few = self.row()._replace(filename='a.nc')
+        for md5, known in (('a' * 32, 'a' * 32), ('A' * 32, 'a' * 32), ('N/A', '')):
+            table = self.write('t.csv', 'href;md5;size;filename\n%s;%s;;a.nc\n' % (few.href, md5))
+            self.assertEqual(cso.read_table(table), [few._replace(md5=known)])
 
     def test_broken_tables(self):
         good = HEADER + CH4_ROW
@@ -4635,19 +4646,15 @@ class TableTest(CatalogueCase):
                 (3, good + CH4_ROW.replace(';03;', ';'), '7 fields.*8'),
                 (3, good + CH4_ROW.strip() + ';more\n', '9 fields.*8'),
                 (4, good + CH4_ROW + '\n'.join(['11488']), '1 fields'),
-                (2, HEADER + CH4_ROW.replace('https:', 'file:'), 'no href'),
-                (2, HEADER + CH4_ROW.replace(ZIPPER % UUID, ''), 'no href'),
-                (2, HEADER + CH4_ROW.replace(ZIPPER % UUID, 'https:///x'), 'no href'),
-                (3, good + CH4_ROW.replace('value', 'va lue'), 'no href'),
-                (3, good + CH4_ROW.replace(CH4.name, '../' + CH4.name), 'file name'),
-                (3, good + CH4_ROW.replace(CH4.name, 'C:\\x.nc'), 'file name'),
-                (3, good + CH4_ROW.replace(CH4.name, '..'), 'file name'),
-                (3, good + CH4_ROW.replace(CH4.name, ''), 'file name'),
+                *((2, HEADER + CH4_ROW.replace(ZIPPER % UUID, href), 'no href') for href in (
+                    '', 'www', 'https:///x', 'file:///etc/hosts', 'javascript:x', 'https://x/a b')),
+                *((3, good + CH4_ROW.replace(CH4.name, name), 'file name') for name in (
+                    '', '..', '../x.nc', '/tmp/x.nc', 'C:\\x.nc', 'a\\x.nc', 'x\x01.nc')),
                 (2, 'filename;href;size\na.nc;https://x/;many\n', 'size'),
                 (1, 'a;b\n1;2\n', 'filename and href'), (1, '', 'filename'),
                 (1, HEADER.replace('href', 'url'), 'href'),
-                (1, '<!DOCTYPE html>\n<html>\n', 'filename'),
-                (3, good + '"' + CH4_ROW, '')):
+                (1, '<!DOCTYPE html>\n<html>\n', 'filename'), (1, '\n', 'filename'),
+                (1, 'filename\nx.nc\n', 'href'), (3, good + '"' + CH4_ROW, '')):
             with self.subTest(said, text=text):
                 path = self.write('t.csv', text)
                 with self.assertRaisesRegex(cso.TableError, '(?s)^%s:%d: .*%s' % (
@@ -4914,8 +4921,7 @@ class HttpTest(DownloadCase):
                     ended.append(error)
             thread = threading.Thread(target=run, daemon=True)
             thread.start()
-            while not space.count("value"):
-                thread.join(0.01)
+            wait_until(lambda: space.count("value"))
             session.stop()
             thread.join(10)
             self.assertFalse(thread.is_alive())
@@ -6002,33 +6008,6 @@ class DownloadTest(DownloadCase):
                                             dmode=dmode)
 
 
-OLD_TABLE = """\
-orbit;start_time;end_time;processing;collection;processor_version;filename;href
-03697;2018-07-01 00:13:10;2018-07-01 01:54:40;OFFL;01;010002;{name};{href}
-"""
-TABLES = {
-    "eight columns": OLD_TABLE,
-    "crlf": OLD_TABLE.replace("\n", "\r\n"),
-    "no newline at the end": OLD_TABLE.rstrip("\n"),
-    "empty lines": OLD_TABLE.replace("\n", "\n\n"),
-    "byte order mark": "\ufeff" + OLD_TABLE,
-    "quoted fields": 'filename;href\n"{name}";"{href}"\n',
-    "quoted uuid": OLD_TABLE.replace("{href}", "{quoted}"),
-    "doubly quoted uuid": 'filename;href\n{name};"{quoted}"\n'.replace("{quoted}", "{double}"),
-    "more columns": "mine;filename;href;size;yours\n1;{name};{href};20000;2\n",
-    "another order": "href;orbit;filename\n{href};03697;{name}\n",
-    "md5": "md5;filename;href\n{md5};{name};{href}\n",
-    "md5 in capitals": "md5;filename;href\n{MD5};{name};{href}\n",
-    "no md5": "md5;filename;size;href\nN/A;{name};;{href}\n",
-}
-BROKEN_TABLES = {               # the second row is the broken one, if not said otherwise
-    "a field too few": "x.nc", "a field too many": "x.nc;{href};1", "no name": ";{href}",
-    "a path": "../x.nc;{href}", "an absolute path": "/tmp/x.nc;{href}", "dots": "..;{href}",
-    "a drive": "c:x.nc;{href}", "a backslash": "a\\x.nc;{href}", "a control": "x\x01.nc;{href}",
-    "no href": "x.nc;", "no url": "x.nc;www", "another scheme": "x.nc;file:///etc/hosts",
-    "javascript": "x.nc;javascript:x", "an open quote": '"x.nc;{href}'}
-
-
 def restore_ctrl_c():
     """For a child: it ignores Ctrl-C where the tests run in the background of a shell."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -6060,15 +6039,13 @@ class BatchTest(DownloadCase):
             process.said = process.communicate(timeout=30)
         return (process.returncode,) + process.said
 
-    def sent(self, space, count):
+    def sent(self, count):
         """Wait until a part holds so many bytes."""
-        for _ in range(2000):
+        def happened():
             with contextlib.suppress(FileNotFoundError):        # it was renamed just now
-                if any(os.path.getsize(self.path(name)) >= count for name in self.files()
-                       if name.endswith(".part")):
-                    return
-            space.closing.wait(0.01)
-        self.fail("no part came")
+                return any(os.path.getsize(self.path(name)) >= count for name in self.files()
+                           if name.endswith(".part"))
+        wait_until(happened)
 
     def download(self, space, table, *args):
         self.account(space)
@@ -6077,48 +6054,22 @@ class BatchTest(DownloadCase):
     # -- tables
 
     def test_old_tables(self):
+        record = ORBITS[0]
         with DataSpace(ORBITS) as space:
-            record = ORBITS[0]
             href = space.href(record)
-            words = dict(name=record.name, href=href, md5=space.md5(record),
-                         MD5=space.md5(record).upper(),
-                         quoted=href.replace("(", "('").replace(")", "')"),
-                         double=href.replace("(", '(""').replace(")", '"")'))
-            for name, text in TABLES.items():
-                with self.subTest(name):
+            for text in ("filename;href\n{name};{href}\n", "filename;href\n{name};{quoted}\n",
+                         'filename;href\n{name};"{doubly}"\n',
+                         "mine;filename;href;size;yours\n1;{name};{href};20000;2\n",
+                         "md5;filename;href\n{md5};{name};{href}\n"):
+                with self.subTest(text):
                     self.new_folder()
-                    status, _, err = self.download(space, self.write("t.csv", text.format(**words)))
+                    table = self.write("t.csv", text.format(
+                        name=record.name, href=href, md5=space.md5(record).upper(),
+                        quoted=href.replace("(", "('").replace(")", "')"),
+                        doubly=href.replace("(", '(""').replace(")", '"")')))
+                    status, _, err = self.download(space, table)
                     self.assertEqual(status, 0, err)
                     self.assertEqual(self.read("data", record.name), space.body(record))
-
-    def test_a_broken_table_is_an_error_before_anything_is_fetched(self):
-        with DataSpace(ORBITS) as space:
-            href = space.href(ORBITS[0])
-            for name, row in BROKEN_TABLES.items():
-                with self.subTest(name):
-                    text = "filename;href\n%s;%s\n%s\n" % (ORBITS[0].name, href,
-                                                           row.format(href=href))
-                    status, _, err = self.download(space, self.write("table.csv", text))
-                    self.assertEqual(status, 1)
-                    self.assertRegex(err, r"table\.csv:[34]: ")
-                    self.assertNotIn("Traceback", err)
-            for text in ("", "filename\nx.nc\n", "a;b\n1;2\n", "\n"):
-                with self.subTest(text):
-                    status, _, err = self.download(space, self.write("table.csv", text))
-                    self.assertEqual((status, "table.csv" in err), (1, True), err)
-            with open(self.path("table.csv"), "wb") as out:
-                out.write(b"filename;href\n\xff\xfe;x\n")
-            for path in (self.path("table.csv"), self.path("missing.csv"), self.folder):
-                with self.subTest(path):
-                    status, _, err = self.download(space, path)
-                    self.assertEqual((status, path in err), (1, True), err)
-            self.assertEqual(space.requests, [])
-
-    def test_dry_run_fetches_nothing(self):
-        with DataSpace(ORBITS) as space:
-            status, out, _ = self.download(space, self.table(space, ORBITS), "--dry-run")
-            self.assertEqual((status, space.requests, self.files()), (0, [], ["table.csv"]))
-            self.assertIn("3 files, 60.0 kB", out)
 
     # -- report and exit status
 
@@ -6143,24 +6094,8 @@ class BatchTest(DownloadCase):
                 self.assertEqual("Gone for ever" in rows[1]["message"], expected == 3)
                 self.assertEqual(("Gone for ever" in err, "Traceback" in err),
                                  (expected == 3, False))
-
-    def test_no_traceback(self):
-        with DataSpace(ORBITS, users={"user": "another"}) as space:
-            table = self.table(space, ORBITS)
-            self.write("file", "")
-            for expected, args in (
-                    (2, []), (2, ["download"]), (2, ["download", table, "--nonsense"]),
-                    (2, ["download", table, "--part", "1"]),
-                    (2, ["download", table, "--part", "1/0"]),
-                    (2, ["download", table, "--connections", "0"]),
-                    (1, ["download", table]), (1, ["download", self.path("missing.csv")]),
-                    (1, ["download", space.odata + "/Products(x)/$value"]),
-                    (1, ["download", "https://[/x"]), (1, ["download", "http:///x"])):
-                with self.subTest(args):
-                    self.account(space)
-                    status, _, err = self.run_main(*args)
-                    self.assertEqual((status, "Traceback" in err), (expected, False), err)
-                    self.assertTrue(err)
+                self.assertEqual("error: 1 files failed; run the same command again to go on\n" in err,
+                                 expected == 3)
 
     def test_parts_of_a_table(self):
         records = list(made_products(7))
@@ -6205,7 +6140,7 @@ class BatchTest(DownloadCase):
             table = self.table(space, ORBITS[:1])
             switch_on(space, "stall-body at=200000")
             job = self.start(space, "download", table)
-            self.sent(space, 100000)
+            self.sent(100000)
             job.kill()
             self.finish(job)
             left = max(os.path.getsize(self.path(name)) for name in self.files())
@@ -6223,9 +6158,8 @@ class BatchTest(DownloadCase):
                 command = ["download", self.table(space, ORBITS), "--report", "report.csv"]
                 switch_on(space, "stall-body at=200000 name=%s" % ORBITS[1].id)
                 job = self.start(space, *command)
-                while not all(os.path.exists(self.path(ORBITS[k].name)) for k in (0, 2)):
-                    space.closing.wait(0.01)
-                self.sent(space, 100000)
+                wait_until(lambda: all(os.path.exists(self.path(ORBITS[k].name)) for k in (0, 2)))
+                self.sent(100000)
                 job.send_signal(number)
                 status, _, err = self.finish(job)
                 self.assertEqual((status, "Traceback" in err), (expected, False), err)
@@ -6248,8 +6182,7 @@ class BatchTest(DownloadCase):
                 table = self.write("table.csv", "filename;href\n%s;%s\n" % (
                     ORBITS[0].name, space.href(ORBITS[0])))
                 job = self.start(space, "download", table)
-                while not any(switched.taken for switched in space.faults.on):
-                    space.closing.wait(0.01)
+                wait_until(lambda: any(switched.taken for switched in space.faults.on))
                 job.send_signal(signal.SIGTERM)
                 status, _, err = self.finish(job)
                 self.assertEqual((status, "Traceback" in err), (143, False), err)
@@ -6473,38 +6406,32 @@ class MainTest(Case):
         self.assertEqual((self.space.count("value"), self.space.logins), (8, 2))
 
     def test_a_wrong_password_is_told_before_anything_is_written(self):
+        os.environ["CDSE_TOKEN_URL"] = self.space.token_url
+        table = self.write("t.csv", "filename;href;size;md5\na.nc;%s;9;%s\n" % (
+            self.space.href(self.space.records[0]), "a" * 32))
         for environ, said in (({"CDSE_PASSWORD": "wrong"}, "Invalid user credentials"),
                               ({"CDSE_PASSWORD": "", "CDSE_USERNAME": ""}, "none found; looked at")):
-            with self.subTest(environ), mock.patch.dict(os.environ, environ):
-                status, out, err = self.run_main("run", self.rc, *self.common)
-                self.assertEqual((status, out, err.count("\n"), self.files()), (1, "", 1, []))
-                self.assertIn(said, err)
+            for args in (["run", self.rc] + self.common, ["download", table, "--dir", self.path("x")]):
+                with self.subTest(environ, args=args), mock.patch.dict(os.environ, environ):
+                    status, out, err = self.run_main(*args)
+                    self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+                    self.assertIn(said, err)
+                    self.assertEqual(self.names(".csv") + self.names(".nc"), ["t.csv"])
         self.assertEqual(self.space.count("odata"), 0)
-
-    def test_parts_are_all_rows_once(self):
-        for index in "0", "1", "2", "3":        # arrays may count from 0 or from 1
-            status, out, _ = self.run_main("run", self.rc, "--part", index + "/3", *self.common)
-            self.assertEqual(status, 0)
-        self.assertEqual((len(self.names(".nc")), self.space.count("value")), (8, 8))
 
     def test_dry_run_shows_requests_files_and_bytes_and_does_nothing(self):
         status, out, err = self.run_main("run", self.rc, "--dry-run", *self.common)
         self.assertEqual(status, 0, err)
         self.assertIn("request: %s/Products?$filter=Collection/Name eq" % self.space.odata, out)
         self.assertIn("8 files, 160.0 kB\n", out)
-        self.assertEqual((self.files(), self.space.count("value"), self.space.logins), ([], 0, 0))
-
-    def test_report_names_every_file_and_failures_give_status_3(self):
-        self.space.faults.add("404", on="value", times=1)
-        status, out, err = self.run_main("run", self.rc, "--report", self.path("report.csv"),
-                                         *self.common)
-        self.assertEqual(status, 3)
-        self.assertIn("error: 1 files failed; run the same command again to go on\n", err)
-        lines = self.read("report.csv").decode().splitlines()
-        self.assertEqual(lines[0], "filename;state;bytes;seconds;message")
-        states = sorted(line.split(";")[1] for line in lines[1:])
-        self.assertEqual(states, ["failed"] + ["verified"] * 7)
-        self.assertEqual(self.run_main("run", self.rc, *self.common)[0], 0)
+        status, out, err = self.run_main("run", self.rc, "--dry-run", "--part", "0/3", *self.common)
+        self.assertEqual((status, out.count(" <- ")), (0, 3), err)
+        table = self.write("t.csv", "filename;href;size\na.nc;http://127.0.0.1/x;2500\n")
+        status, out, err = self.run_main("download", table, "--dry-run", "--dir", "data")
+        self.assertEqual((status, out), (0, "1 files, 2.5 kB\n%s <- http://127.0.0.1/x\n"
+                                         % os.path.join("data", "a.nc")), err)
+        self.assertEqual((self.files(), self.space.count("value"), self.space.logins),
+                         (["t.csv"], 0, 0))
 
     def test_download_of_a_table_or_a_href(self):
         self.run_main("inquire", self.rc, *self.common)
@@ -6528,7 +6455,9 @@ class MainTest(Case):
     def test_mistakes_end_with_one_line_and_status(self):
         missing = self.path("none.rc")
         several = self.write("two.rc", "a.timerange.start : 2018-07-01\nb.timerange.start : 2018-07-02\n")
-        broken = self.write("table.csv", "filename;href\nx.nc\n")
+        href = self.space.href(self.space.records[0])
+        good = self.write("good.csv", "filename;href\na.nc;%s\n" % href)
+        broken = self.write("table.csv", "filename;href\na.nc;%s\nx.nc\n" % href)
         for args, status, said in (
                 (["run", missing], 1, "error: %s: settings can't be read; tried" % missing),
                 (["run", several], 1, "choose one: --rcbase a or b"),
@@ -6536,8 +6465,16 @@ class MainTest(Case):
                 (["run", self.rc, "--set", "area=1,2,3"], 1, "--set area: area: four numbers"),
                 (["run", self.rc, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
                 (["run", self.rc, "--set", "dmode=abc"], 1, "--set dmode: dmode: 'abc' is no mode"),
-                (["download", broken], 1, "table.csv:2: 1 fields; the header has 2"),
+                (["download", broken], 1, "table.csv:3: 1 fields; the header has 2"),
                 (["download", "nosuch.csv"], 1, "nosuch.csv: can't be read"),
+                (["download", self.folder], 1, self.folder + ": can't be read"),
+                (["download"], 2, "TABLE"),
+                (["download", self.space.odata + "/Products(x)/$value"], 1, "no such product"),
+                (["download", "https://[/x"], 1, "error"), (["download", "http:///x"], 1, "error"),
+                (["download", good, "--nonsense"], 2, "--nonsense"),
+                (["download", good, "--part", "1/0"], 2, "'1/0' is not I/N"),
+                (["download", good, "--connections", "0", "--dry-run"], 2, "--connections"),
+                (["settings", missing], 1, missing),
                 (["run"], 2, "RCFILE"), (["dowload"], 2, "invalid choice"), ([], 2, "COMMAND"),
                 (["run", self.rc, "--set", "x"], 2, "'x' is not NAME=VALUE"),
                 (["--version"], 0, "cso_dataspace %s" % cso.__version__)):
@@ -6549,7 +6486,7 @@ class MainTest(Case):
                 self.assertNotIn("Traceback", err)
                 if status == 1:
                     self.assertEqual(err.count("error: "), 1, err)
-        self.assertEqual(self.names(".nc"), [])
+        self.assertEqual((self.names(".nc"), self.space.count("value")), ([], 0))
 
     def test_misspelt_setting_is_pointed_out(self):
         _, _, err = self.run_main("run", self.rc, *(self.common + [
@@ -6614,12 +6551,16 @@ class ScreenTest(unittest.TestCase):
         def isatty(self):
             return True
 
-    def test_one_line_cut_to_the_window_ten_times_a_second(self):
+    def screen(self, width):
+        """A stream, its Screen, the Progress of two files of 1 GB, and the list that is the time."""
         now, stream = [0.0], self.Terminal()
         screen = cso.Screen(stream, clock=lambda: now[0])
-        screen.width = lambda: 40
-        progress = cso.Progress([cso.Task("", "a", 10 ** 9), cso.Task("", "b", 10 ** 9)], screen,
-                                clock=lambda: now[0])
+        screen.width = lambda: width
+        tasks = [cso.Task("", "a", 10 ** 9), cso.Task("", "b", 10 ** 9)]
+        return stream, screen, cso.Progress(tasks, screen, clock=lambda: now[0]), now
+
+    def test_one_line_cut_to_the_window_ten_times_a_second(self):
+        stream, screen, progress, now = self.screen(40)
         for step in range(100):
             now[0] = step / 100.0
             progress.add(10 ** 6)
@@ -6633,11 +6574,7 @@ class ScreenTest(unittest.TestCase):
         self.assertEqual(shown[-1], "0/2 files, 97.0 MB of 2.0 GB, 101.0 MB/s, 18 s left"[:39])
 
     def test_files_that_were_there_are_not_waited_for(self):
-        now, stream = [0.0], self.Terminal()
-        screen = cso.Screen(stream, clock=lambda: now[0])
-        screen.width = lambda: 80
-        progress = cso.Progress([cso.Task("", "a", 10 ** 9), cso.Task("", "b", 10 ** 9)], screen,
-                                clock=lambda: now[0])
+        stream, _, progress, now = self.screen(80)
         progress.end(cso.Outcome("a", "present"), 10 ** 9)
         progress.add(5 * 10 ** 8)
         now[0] = 5.0
@@ -6656,14 +6593,9 @@ class ScreenTest(unittest.TestCase):
                                   stdout=subprocess.PIPE, stderr=slave) as process:
                 os.close(slave)
                 seen = b""
-                while True:
-                    try:
-                        data = os.read(master, 65536)
-                    except OSError:
-                        break
-                    if not data:
-                        break
-                    seen += data
+                with contextlib.suppress(OSError):          # so ends a terminal on Linux
+                    for data in iter(lambda: os.read(master, 65536), b""):
+                        seen += data
                 out = process.stdout.read()
             os.close(master)
         self.assertEqual((process.returncode, out), (0, b"8 of 8 files here: 8 verified\n"), seen)
