@@ -4716,9 +4716,11 @@ def switch_on(space, text):
                                   for name, value in details})
 
 
-def rows_of_text(text):
-    """The rows of a table typed with two or more spaces between its columns."""
-    return [re.split(r"  +", line.strip()) for line in text.strip().splitlines()]
+def ends_of_faults(text):
+    """(faults, state, requests) from lines such as "verified after 2: fin at=1, html | drop"."""
+    for state, requests, cases in re.findall(r"(?m)^(\S.*) after (\d): ((?:.*\n    )*.*)$", text):
+        for faults in " ".join(cases.split()).split(" | "):
+            yield faults, state, int(requests)
 
 
 class DownloadCase(Case):
@@ -5326,108 +5328,47 @@ class TokenTest(DownloadCase):
                 self.assertEqual(space.requests[-1][2]["Authorization"].split()[0], kind)
 
 
-# Faults that the requests for one file meet in turn; how the file ends; requests for its bytes.
-# Size and MD5 are known, four tries are allowed.
-FAULTS_OF_A_FILE = rows_of_text("""
-    drop                                        verified    2
-    drop, drop, rst at=0                        verified    4
-    chunked                                     verified    2
-    chunked-ok                                  verified    1
-    chunked at=0                                verified    2
-    no-length                                   verified    1
-    cut at=10000                                verified    2
-    cut at=10000, cut at=19999                  verified    3
-    flip at=0                                   verified    2
-    flip at=19999                               verified    2
-    html                                        verified    2
-    json                                        verified    2
-    empty                                       verified    2
-    408, 500, 502                               verified    4
-    504                                         verified    2
-    503 times=3                                 verified    4
-    429 times=3                                 verified    4
-    changed                                     failed      3
-    stall-headers                               verified    2
-    stall-body at=0                             verified    2
-    stall-body at=10000                         verified    2
-    fin at=8000, fin at=8000                    verified    3
-    fin at=8000, rst at=0, drop                 verified    4
-    fin at=8000, ignore-range                   verified    2
-    fin at=8000, wrong-range                    verified    3
-    fin at=8000, wrong-range by=-100            verified    3
-    fin at=8000, headless-206                   verified    3
-    fin at=8000, lying-range                    verified    3
-    fin at=8000, 416                            verified    3
-    fin at=8000, html                           verified    3
-    fin at=8000, json                           verified    3
-    fin at=8000, empty                          verified    3
-    fin at=8000, 503, 429                       verified    4
-    fin at=8000, flip at=100                    verified    3
-    fin at=8000, cut at=100                     verified    3
-    fin at=8000, chunked at=100                 verified    3
-    fin at=8000, redirect to={target}           verified    3
-    fin at=8000, 401                            verified    3
-    fin at=3, ignore-range, fin at=8000         verified    3
-    flip at=7000, fin at=8000                   verified    3
-    zip                                         verified    1
-    broken-zip                                  verified    2
-    zip-of-paths                                verified    1
-    uninvited-206                               verified    2
-    two-files times=None                        failed      1
-    400 times=None                              failed      1
-    403 times=None                              failed      1
-    404 times=None                              failed      1
-    trickle every=0.02                          verified    2
-    503 times=None                              failed      4
-    html times=None                             failed      4
-    fin at=0 times=None                         failed      4
-    fin at=100 times=None                       failed      4
-    flip at=50 times=None                       failed      3
-    cut at=50 times=None                        failed      3
-    broken-zip times=None                       failed      4
-    """)
+# How a file ends, after so many requests for its bytes, where these meet the faults in turn.  Size
+# and MD5 are known, four tries are allowed.
+FAULTS_OF_A_FILE = list(ends_of_faults("""
+verified after 1: chunked-ok | no-length | zip | zip-of-paths
+verified after 2: drop | chunked | chunked at=0 | cut at=10000 | flip at=0 | flip at=19999 |
+    html | json | empty | 504 | stall-headers | stall-body at=0 | stall-body at=10000 |
+    fin at=8000, ignore-range | broken-zip | uninvited-206 | trickle every=0.02
+verified after 3: cut at=10000, cut at=19999 | fin at=8000, fin at=8000 |
+    fin at=8000, wrong-range | fin at=8000, wrong-range by=-100 | fin at=8000, headless-206 |
+    fin at=8000, lying-range | fin at=8000, 416 | fin at=8000, html | fin at=8000, json |
+    fin at=8000, empty | fin at=8000, flip at=100 | fin at=8000, cut at=100 |
+    fin at=8000, chunked at=100 | fin at=8000, redirect to={target} | fin at=8000, 401 |
+    fin at=3, ignore-range, fin at=8000 | flip at=7000, fin at=8000
+verified after 4: drop, drop, rst at=0 | 408, 500, 502 | 503 times=3 | 429 times=3 |
+    fin at=8000, rst at=0, drop | fin at=8000, 503, 429
+failed after 1: two-files times=None | 400 times=None | 403 times=None | 404 times=None
+failed after 3: changed | flip at=50 times=None | cut at=50 times=None
+failed after 4: 503 times=None | html times=None | fin at=0 times=None | fin at=100 times=None |
+    broken-zip times=None
+"""))
 
 # The same where the catalogue knows no MD5: nobody can see a flipped byte then.
-FAULTS_WITHOUT_MD5 = rows_of_text("""
-    drop                                        size only   2
-    fin at=8000                                 size only   2
-    fin at=8000, ignore-range                   size only   2
-    fin at=8000, wrong-range                    size only   3
-    fin at=8000, headless-206                   size only   3
-    fin at=8000, 416                            size only   3
-    fin at=8000, html                           size only   3
-    fin at=8000, changed                        size only   2
-    fin at=8000, changed, fin at=9000           size only   2
-    fin at=8000, blind-206                      size only   3
-    cut at=100                                  size only   2
-    chunked at=100                              size only   2
-    html                                        size only   2
-    json                                        size only   2
-    empty                                       size only   2
-    zip                                         size only   1
-    html times=None                             failed      4
-    """)
+FAULTS_WITHOUT_MD5 = list(ends_of_faults("""
+size only after 1: zip
+size only after 2: drop | fin at=8000 | fin at=8000, ignore-range | fin at=8000, changed |
+    fin at=8000, changed, fin at=9000 | cut at=100 | chunked at=100 | html | json | empty
+size only after 3: fin at=8000, wrong-range | fin at=8000, headless-206 | fin at=8000, 416 |
+    fin at=8000, html | fin at=8000, blind-206
+failed after 4: html times=None
+"""))
 
 # And where it knows no size either: nobody can see then that a body was cut with its length.
-FAULTS_WITHOUT_SIZE = rows_of_text("""
-    drop                                        unverified  2
-    fin at=8000                                 unverified  2
-    fin at=8000, ignore-range                   unverified  2
-    fin at=8000, wrong-range                    unverified  3
-    fin at=8000, wrong-range by=-100            unverified  3
-    fin at=8000, headless-206                   unverified  3
-    fin at=8000, 416                            unverified  3
-    fin at=8000, html                           unverified  3
-    fin at=8000, changed                        unverified  2
-    chunked at=100                              unverified  2
-    uninvited-206                               unverified  2
-    no-length                                   failed      1
-    html                                        unverified  2
-    json                                        unverified  2
-    empty                                       unverified  2
-    zip                                         unverified  1
-    empty times=None                            failed      3
-    """)
+FAULTS_WITHOUT_SIZE = list(ends_of_faults("""
+unverified after 1: zip
+unverified after 2: drop | fin at=8000 | fin at=8000, ignore-range | fin at=8000, changed |
+    chunked at=100 | uninvited-206 | html | json | empty
+unverified after 3: fin at=8000, wrong-range | fin at=8000, wrong-range by=-100 |
+    fin at=8000, headless-206 | fin at=8000, 416 | fin at=8000, html
+failed after 1: no-length
+failed after 3: empty times=None
+"""))
 
 
 class DownloadTest(DownloadCase):
@@ -5463,7 +5404,7 @@ class DownloadTest(DownloadCase):
                         del space.requests[:]
                         outcome = self.one_of_three(space, faults)
                         asked = len(self.asked(space, space.records[1]))
-                        self.assertEqual((outcome.state, asked), (state, int(requests)),
+                        self.assertEqual((outcome.state, asked), (state, requests),
                                          outcome.message)
 
     def test_connections_that_end_at_any_byte(self):
