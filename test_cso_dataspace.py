@@ -25,7 +25,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import operator
 import os
 import pathlib
@@ -494,22 +493,27 @@ MultiPolygon 180,61.1 170.6,63.9 141.3,65.5 141.3,66.4 170.9,64.9 180,62.1 180,6
 
 # ---- made-up products and their content
 
+TILT, TURN = 98.7, 25.4 / 360       # of an orbit, and of the earth below a degree along it
+
+
+def place_of(u, v, node):
+    """[lon, lat] u degrees along an orbit from where it crosses the equator, v across to the left."""
+    x, y, z = cos(radians(v)) * cos(radians(u)), cos(radians(v)) * sin(radians(u)), sin(radians(v))
+    y, z = (y * cos(radians(TILT)) - z * sin(radians(TILT)),
+            y * sin(radians(TILT)) + z * cos(radians(TILT)))
+    lon = degrees(atan2(y, x)) + node
+    return [round((lon + 180) % 360 - 180, 6), round(degrees(asin(z)), 6)]
+
+
 @functools.lru_cache(maxsize=None)
 def half_orbit_at_greenwich(points):
     """(longitude, latitude) around the daylight half of an orbit that crosses the equator at 0.
 
     1300 km to either side of the track; as in the product files the ring is not cut anywhere."""
-    tilt, half, turn = math.radians(98.7), math.radians(11.7), 25.4 / 360
     reach, along = (100 if points > 20 else 70), (points - 1) // 2
-
-    def place(side, arc):
-        u = math.radians(arc)
-        track = (math.cos(u), math.cos(tilt) * math.sin(u), math.sin(tilt) * math.sin(u))
-        left = (0, -math.sin(tilt), math.cos(tilt))
-        x, y, z = (math.cos(half) * t + side * math.sin(half) * p for t, p in zip(track, left))
-        return math.degrees(math.atan2(y, x)) - arc * turn, round(math.degrees(math.asin(z)), 4)
     arcs = [reach * (2 * k / (along - 1) - 1) for k in range(along)]
-    ring = [place(-1, arc) for arc in arcs] + [place(1, arc) for arc in reversed(arcs)]
+    ring = [place_of(arc, -11.7, -arc * TURN) for arc in arcs]
+    ring += [place_of(arc, 11.7, -arc * TURN) for arc in reversed(arcs)]
     return ring + ring[:1]
 
 
@@ -517,7 +521,8 @@ def half_orbit(middle, points):
     """The outline of an orbit that crosses the equator at `middle`, at 13:30 local time."""
     east = 15 * (13.5 - middle.hour - middle.minute / 60 - middle.second / 3600)
     return {'type': 'Polygon', 'coordinates': [[
-        [round((x + east + 180) % 360 - 180, 4), y] for x, y in half_orbit_at_greenwich(points)]]}
+        [round((x + east + 180) % 360 - 180, 4), round(y, 4)]
+        for x, y in half_orbit_at_greenwich(points)]]}
 
 
 class MadeProducts(collections.abc.Sequence):
@@ -1971,16 +1976,11 @@ def reset_connection(connection):
 
 # ---- names, certificates, proxies
 
-def port_of(place):
-    """The port on 127.0.0.1 of a server, of (host, port), or of a port."""
-    return getattr(place, 'port', place[1] if isinstance(place, tuple) else place)
-
-
 @contextlib.contextmanager
 def names_on_loopback(mapping):
     """Names of the mapping lead to the server given there, whatever port is asked; 127.0.0.1 and
     localhost stay; any other name is an OSError, so nothing leaves this machine."""
-    ports = {name: port_of(place) for name, place in mapping.items()}
+    ports = {name: server.port for name, server in mapping.items()}
     real = socket.getaddrinfo
 
     def fake(host, port, *args, **kwargs):
@@ -2055,34 +2055,32 @@ def certificate(folder, names=()):
 
 
 class Proxy(Loopback):
-    """A proxy on the loopback interface: CONNECT, and requests with a whole url.
+    """A proxy on the loopback interface that opens tunnels.
 
     `mapping` leads names to servers; other names get 502.  With a password, `user:secret`,
-    a request without it gets 407.  `connections` counts what was passed on, `hosts` lists what was
-    asked, `requests` as those of DataSpace."""
+    a request without it gets 407.  `connections` counts what was passed on, `requests` as those of
+    DataSpace."""
 
-    def __init__(self, mapping=None, password=None):
+    def __init__(self, mapping, password=None):
         Loopback.__init__(self)
-        self.ports = {name: port_of(place) for name, place in (mapping or {}).items()}
-        self.password, self.connections, self.hosts, self.requests = password, 0, [], []
+        self.ports = {name: server.port for name, server in mapping.items()}
+        self.password, self.connections, self.requests = password, 0, []
 
     def serve(self, handler):
         handler.close_connection = True
-        url = urllib.parse.urlsplit(handler.path if '://' in handler.path else '//' + handler.path)
-        port = self.ports.get(url.hostname, url.port if url.hostname == '127.0.0.1' else None)
+        port = self.ports.get(handler.path.rpartition(':')[0])
         right = 'Basic ' + base64.b64encode((self.password or '').encode()).decode()
         with self.lock:
-            self.hosts.append(url.hostname)
             self.requests.append((handler.command, handler.path, dict(handler.headers), b''))
         if self.password and handler.headers.get('Proxy-Authorization') != right:
             self.refuse(handler, 407)
-        elif port is None:
+        elif port is None or handler.command != 'CONNECT':
             self.refuse(handler, 502)
         else:
             with self.lock:
                 self.connections += 1
             with socket.create_connection(('127.0.0.1', port), 30) as far:
-                self.open_way(handler, far, url)
+                handler.wfile.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
                 self.relay(handler.connection, far)
 
     def refuse(self, handler, status):
@@ -2091,18 +2089,6 @@ class Proxy(Loopback):
         handler.send_header('Content-Length', '0')
         handler.send_header('Connection', 'close')
         handler.end_headers()
-
-    def open_way(self, handler, far, url):
-        """Confirm a tunnel, or pass a request on."""
-        if handler.command == 'CONNECT':
-            handler.wfile.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
-            return
-        target = urllib.parse.urlunsplit(('', '', url.path or '/', url.query, ''))
-        lines = ['%s %s HTTP/1.1' % (handler.command, target)]
-        lines += ['%s: %s' % (name, text) for name, text in handler.headers.items()
-                  if not name.lower().startswith(('proxy-', 'connection'))]
-        body = handler.rfile.read(int(handler.headers.get('Content-Length') or 0))
-        far.sendall('\r\n'.join(lines + ['Connection: close', '', '']).encode() + body)
 
     def relay(self, near, far):
         other = {near: far, far: near}
@@ -2115,6 +2101,7 @@ class Proxy(Loopback):
 
 
 ENVIRON = {"CDSE_USERNAME": "user", "CDSE_PASSWORD": "password"}
+HERE = os.path.dirname(os.path.abspath(cso.__file__))
 
 
 class Case(unittest.TestCase):
@@ -2516,20 +2503,19 @@ class StandInTest(unittest.TestCase):
                         self.assertEqual(response.status, 200)
 
     def test_proxy(self):
+        right = {'Proxy-Authorization': 'Basic ' + base64.b64encode(b'me:secret').decode()}
         with DataSpace() as space, Proxy({'catalogue.example.eu': space}, 'me:secret') as proxy:
-            right = {'Proxy-Authorization': 'Basic ' + base64.b64encode(b'me:secret').decode()}
-            for path, tunnel, headers, status in (
-                    ('http://catalogue.example.eu/news', None, {}, 407),
-                    ('http://catalogue.example.eu/news', None, right, 200),
-                    ('/news', ('catalogue.example.eu', 443, right), {}, 200)):
+            for host, headers, status in (('catalogue.example.eu', {}, '407'),
+                                          ('files.example.eu', right, '502'),
+                                          ('catalogue.example.eu', right, '200')):
                 connection = http.client.HTTPConnection('127.0.0.1', proxy.port, timeout=5)
                 self.addCleanup(connection.close)
-                if tunnel:
-                    connection.set_tunnel(*tunnel)
-                connection.request('GET', path, headers=headers)
-                with connection.getresponse() as response:
-                    self.assertEqual(response.status, status)
-            self.assertEqual((proxy.connections, set(proxy.hosts)), (2, {'catalogue.example.eu'}))
+                connection.set_tunnel(host, 443, headers)
+                with contextlib.suppress(OSError) if status == '200' else self.assertRaisesRegex(
+                        OSError, status):
+                    connection.request('GET', '/news')
+            with connection.getresponse() as response:
+                self.assertEqual((response.status, proxy.connections), (200, 1))
 
 
 class ExpressionTest(unittest.TestCase):
@@ -3109,21 +3095,13 @@ class OriginalNamesTest(SettingsCase):
             cso.CSO_DataSpace_Inquire("main.rc", "b")
 
 
-# A swath without polygons: a band along a great circle, `tilt` against the equator as an orbit.
-# `u` is the angle along it from the node, `v` the angle across it, in degrees.
+# The truth of footprints, without polygons: a swath is a band along a great circle.
 
-TILT, WIDTH = 98.7, 12.4
-
-
-def place_of(u, v, node):
-    x, y, z = cos(radians(v)) * cos(radians(u)), cos(radians(v)) * sin(radians(u)), sin(radians(v))
-    y, z = (y * cos(radians(TILT)) - z * sin(radians(TILT)),
-            y * sin(radians(TILT)) + z * cos(radians(TILT)))
-    lon = degrees(atan2(y, x)) + node
-    return [round((lon + 180) % 360 - 180, 6), round(degrees(asin(z)), 6)]
+WIDTH = 12.4
 
 
 def along_and_across(lon, lat, node):
+    """What place_of() was given."""
     lon, lat = radians(lon - node), radians(lat)
     x, y, z = cos(lat) * cos(lon), cos(lat) * sin(lon), sin(lat)
     y, z = (y * cos(radians(TILT)) + z * sin(radians(TILT)),
@@ -3734,6 +3712,8 @@ class CatalogueTest(CatalogueCase):
                 settings, tables = {'collection': collection, 'producttype': producttype}, set()
                 for api in APIS:
                     with self.subTest(producttype, api=api):
+                        if api == 'opensearch':         # each mission has two spellings
+                            settings['collection'] = collection.replace('SENTINEL-', 'Sentinel')
                         if api == 'stac' and producttype.startswith(('L1B_IR_', 'AUX_')):
                             with self.assertRaisesRegex(cso.CatalogueError, 'no collection for .*'
                                                         + producttype):
@@ -3934,18 +3914,6 @@ class CatalogueTest(CatalogueCase):
                     self.assertNotIn('\n', str(caught.exception))
                     # OData is asked once more, without $select
                     self.assertEqual(space.count(api), 2 if api == 'odata' else 1)
-
-    def test_spellings_of_collections(self):
-        kinds = {'1': 'IW_GRDH_1S', '2': 'S2MSI1C', '3': 'SR_2_WAT___', '5P': 'L2__O3____',
-                 '6': 'P4_2__LR_____'}
-        with DataSpace() as space:
-            for number, producttype in kinds.items():
-                known = {self.tables(space, {'collection': spelling % number,
-                                             'producttype': producttype})
-                         for spelling in ('Sentinel%s', 'SENTINEL-%s')}
-                with self.subTest(number):
-                    self.assertEqual(len(known), 1)
-                    self.assertIn('Products(', known.pop())
 
     def test_other_missions_without_type(self):
         with DataSpace() as space:
@@ -4186,33 +4154,15 @@ class PagingTest(CatalogueCase):
 
     def test_long_list_in_little_memory(self):
         """12,000 products: OData refuses to skip over 10,000, and leaves the link out there."""
-        code = """if True:
-            import re, sys
-            sys.path.insert(0, sys.argv[1])
-            import cso_dataspace as cso
-            rows = cso.inquire(cso.read_settings(sys.argv[2]), 'my')
-            try:
-                with open('/proc/self/status') as status:
-                    peak = int(re.search(r'VmHWM:\\s*(\\d+)', status.read()).group(1)) << 10
-            except OSError:         # no Linux; there this one would count the parent's memory too
-                import resource
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                peak <<= 0 if sys.platform == 'darwin' else 10
-            print(len(rows), len(set(row.product_id for row in rows)), peak)"""
-        try:
-            import resource  # noqa: F401
-        except ImportError:
-            self.skipTest('no resource module here')
         count = 12000
         with DataSpace(made_products(count, step_seconds=60, checksum='')) as space:
-            done = subprocess.run([sys.executable, '-c', code, os.path.dirname(cso.__file__),
-                                   self.rc(space)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            rcfile = self.rc(space, {'output.columns': 'product_id'})
+            out = subprocess.check_output(
+                python(OURS, 'inquire', rcfile), timeout=90, stderr=subprocess.DEVNULL,
+                env=dict(os.environ, PYTHONPATH=HERE))
             self.assertLess(space.count('odata'), count / 1000 + 4)
-        self.assertEqual(done.returncode, 0, done.stderr.decode())
-        found, distinct, peak = map(int, done.stdout.split())
-        self.assertEqual((found, distinct), (count, count))
-        self.assertEqual(self.read('table.csv').count(b'\n'), 1 + count)
-        self.assertLess(peak, 64e6)
+        self.assertEqual(len(set(self.read('table.csv').split())), 1 + count)
+        self.assertLess(float(out.decode()), 61)
 
 
 class RetiredTest(CatalogueCase):
@@ -4279,12 +4229,6 @@ class RetiredTest(CatalogueCase):
                 self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
             self.assertEqual(self.read('table.csv'), self.expected)
 
-    def test_while_it_lives_it_answers(self):
-        before = self.space.count('odata')
-        self.assertEqual(self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE}),
-                         self.expected)
-        self.assertEqual(self.space.count('odata'), before)
-
     def test_when_odata_fails_too_it_is_an_error(self):
         self.retire('410')
         self.space.faults.add('400', 'odata', text='Invalid value', times=2)
@@ -4330,7 +4274,8 @@ class InquireTest(CatalogueCase):
                         name, = os.listdir(work)
                         self.assertRegex(name, r'^PAL_S5P_NO2_20\d\d-\d\d-\d\d\.csv$')
                         self.assertEqual(self.read(work, name).decode(), table)
-                        self.assertEqual(len(done.rows), 1)
+                        self.assertEqual((len(done.rows), space.count('odata') > 0),
+                                         (1, mode != 'on'))
                     self.assertEqual(len(logged), warnings)
 
     def test_bad_settings(self):
@@ -5817,9 +5762,22 @@ class DownloadTest(DownloadCase):
                                             dmode=dmode)
 
 
-def restore_ctrl_c():
-    """For a child: it ignores Ctrl-C where the tests run in the background of a shell."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def run_program(case, *args, env={}, **options):
+    """Start the program as a user does; returns the process, which ends with the test."""
+    if os.name != "nt":         # Ctrl-C is ignored where the tests run in the background of a shell
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "cso_dataspace"] + list(args),
+        env=dict(os.environ, PYTHONPATH=HERE, **env), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **options)
+
+    def end():
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    case.addCleanup(end)
+    return process
 
 
 @unittest.skipIf(os.name == "nt", "signals are another matter there")
@@ -5828,25 +5786,13 @@ class BatchTest(DownloadCase):
 
     def start(self, space, *args, **environ):
         """A process of the program with the account of the stand-in."""
-        environ = dict(os.environ, CDSE_TOKEN_URL=space.token_url, PYTHONPATH=os.path.dirname(
-            os.path.abspath(cso.__file__)), **dict(ENVIRON, **environ))
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "cso_dataspace"] + list(args), env=environ,
-            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            universal_newlines=True, preexec_fn=restore_ctrl_c)
-        self.addCleanup(self.end, process)
-        return process
-
-    def end(self, process):
-        if process.poll() is None:
-            process.kill()
-        self.finish(process)
+        return run_program(self, *args, cwd=self.folder, env=dict(
+            ENVIRON, CDSE_TOKEN_URL=space.token_url, **environ))
 
     def finish(self, process):
         """Exit status, stdout and stderr of a process; long before a time-out of 60 s."""
-        if not process.stdout.closed:
-            process.said = process.communicate(timeout=30)
-        return (process.returncode,) + process.said
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
 
     def sent(self, count):
         """Wait until a part holds so many bytes."""
@@ -5944,24 +5890,8 @@ class BatchTest(DownloadCase):
             verified = sum(self.read("r%d" % k).count(b";verified;") for k in range(8))
             self.assertEqual(verified, 10)
 
-    def test_killed_and_run_again(self):
-        with DataSpace(ORBITS, content_size=300000) as space:
-            table = self.table(space, ORBITS[:1])
-            switch_on(space, "stall-body at=200000")
-            job = self.start(space, "download", table)
-            self.sent(100000)
-            job.kill()
-            self.finish(job)
-            left = max(os.path.getsize(self.path(name)) for name in self.files())
-            self.assertFalse(os.path.exists(self.path(ORBITS[0].name)))
-            status, out, err = self.finish(self.start(space, "download", table))
-            self.assertEqual(status, 0, err)
-            self.assertRight(space, ORBITS[0])
-            self.assertEqual(self.files(), [ORBITS[0].name, "table.csv"])
-            self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=%d-" % left)
-
     def test_stopped_and_run_again(self):
-        for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
             with self.subTest(expected), DataSpace(ORBITS, content_size=300000) as space:
                 self.new_folder()
                 command = ["download", self.table(space, ORBITS), "--report", "report.csv"]
@@ -5972,15 +5902,19 @@ class BatchTest(DownloadCase):
                 job.send_signal(number)
                 status, _, err = self.finish(job)
                 self.assertEqual((status, "Traceback" in err), (expected, False), err)
-                self.assertIn("run again", err)
                 self.assertRight(space, ORBITS[0], ORBITS[2])
                 self.assertFalse(os.path.exists(self.path(ORBITS[1].name)))
-                self.assertIn(ORBITS[1].name.encode() + b";failed;", self.read("report.csv"))
+                if expected > 0:
+                    self.assertIn("run again", err)
+                    self.assertIn(ORBITS[1].name.encode() + b";failed;", self.read("report.csv"))
+                left = max(os.path.getsize(self.path(name)) for name in self.files()
+                           if name.endswith(".part"))
                 status, _, err = self.finish(self.start(space, *command))
                 self.assertEqual(status, 0, err)
                 self.assertRight(space, *ORBITS)
-                self.assertEqual([name for name in self.files() if name.endswith(".part")], [])
-                self.assertRegex(self.asked(space)[-1][1].get("Range", ""), r"^bytes=\d{6}-$")
+                self.assertEqual(self.files(), sorted(
+                    [record.name for record in ORBITS] + ["report.csv", "table.csv"]))
+                self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=%d-" % left)
 
     def test_stopped_while_it_waits(self):
         for faults in ("stall-headers times=None", "stall-headers on=token",
@@ -6143,7 +6077,6 @@ class TlsTest(DownloadCase):
         self.assertEqual(len(self.waits), 2)
 
 
-HERE = os.path.dirname(os.path.abspath(cso.__file__))
 NAMES = ["%s.dataspace.copernicus.eu" % name for name in
          ("catalogue", "download", "zipper", "identity", "stac")]
 URLS = ("url={0}/odata/v1", "download_url={0}/odata/v1/Products({{product_id}})/$value",
@@ -6163,14 +6096,6 @@ def readme(kind):
         return re.findall(r"(?ms)^```%s\n(.*?)^```" % kind, text)
     text = re.sub(r"(?ms)^```.*?^```$", "", text)
     return [textwrap.dedent(block) for block in re.findall(r"(?m)(?:^    .*\n)+", text)]
-
-
-def run_program(*args, **options):
-    """Start the program as a user does; returns the process."""
-    environ = dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="error", **options.pop("env", {}))
-    return subprocess.Popen([sys.executable, "-m", "cso_dataspace"] + list(args), env=environ,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            universal_newlines=True, **options)
 
 
 class MainTest(Case):
@@ -6327,18 +6252,16 @@ class MainTest(Case):
 
     def test_console_without_utf8(self):
         rc = self.write("x.rc", "grid : 1 \u00d7 1\n")
-        process = run_program("settings", rc, env={"PYTHONIOENCODING": "ascii"})
-        out, err = process.communicate()
+        process = run_program(self, "settings", rc, env={"PYTHONIOENCODING": "ascii"})
+        out, err = process.communicate(timeout=30)
         self.assertEqual((process.returncode, out), (0, "grid : 1 \\xd7 1   ! %s:1\n" % rc), err)
 
     def test_reader_that_leaves_early(self):
         rc = self.write("long.rc", "".join("k%d : %s\n" % (n, "x" * 99) for n in range(5000)))
-        process = run_program("settings", rc)
+        process = run_program(self, "settings", rc)
         process.stdout.readline()
         process.stdout.close()
-        err = process.stderr.read()
-        process.stderr.close()
-        self.assertEqual((process.wait(), err), (1, ""))
+        self.assertEqual((process.stderr.read(), process.wait(30)), ("", 1))
 
 
 class ScreenTest(unittest.TestCase):
@@ -6506,9 +6429,9 @@ def peak():
         with open("/proc/self/status") as status:
             return int(status.read().partition("VmHWM:")[2].split()[0]) / 1024
     except OSError:
-        import resource
+        import resource, sys
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2 ** 20 if __import__("sys").platform == "darwin" else 2 ** 10)
+            2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 """
 OURS = PEAK + "import sys, cso_dataspace as cso\nassert cso.main(sys.argv[1:]) == 0\nprint(peak())"
 BARE = PEAK + """
