@@ -123,10 +123,10 @@ def meets_box(geometry, box):
                for w, s, e, n in map(bounding_box, outlines(geometry)))
 
 
-def typed_geometry(kind, words):
-    """GeoJSON from words `x,y`; `|` begins the next part."""
-    lines = [[[float(number) for number in point.split(',')] for point in part.split()]
-             for part in ' '.join(words).split('|')]
+def typed_geometry(kind, text):
+    """GeoJSON from places `x,y`; `|` begins the next part."""
+    lines = [[[float(number) for number in place.split(',')] for place in part.split()]
+             for part in text.split('|')]
     wrap = {'LineString': lines[0], 'MultiPolygon': [[line] for line in lines]}
     return {'type': kind, 'coordinates': wrap.get(kind, lines)}
 
@@ -158,7 +158,7 @@ def typed_records(text):
         yield Record(id, name, 'SENTINEL-' + mission, producttype, as_time(start), as_time(end),
                      as_time(published), int(size), int(orbit),
                      None if timeliness == '-' else timeliness,
-                     typed_geometry(words[0], words[1:]) if words != ['-'] else None)
+                     typed_geometry(words[0], ' '.join(words[1:])) if words != ['-'] else None)
 
 
 # Real products: ids, names, times, sizes and footprints as the service gave them in 2024, the
@@ -276,12 +276,6 @@ S5P_NRTI_L2__CLOUD__20240301T000248_20240301T000748_33065_03_020601_20240301T005
 MultiPolygon 180,45.2 176,43.3 172.4,47.8 167.2,52.9 158.8,58.8 164.2,61.8 171.2,64.6 180,66.7
 180,45.2 | -180,66.7 -159.5,68.1 -148.6,67.5 -149.6,49.7 -162.2,49.8 -180,45.2 -180,66.7
 
-9f3cd9db-235a-425c-ab6f-2b9a8d8afaf0
-S5P_NRTI_L2__CLOUD__20230722T125402_20230722T125902_29909_03_020500_20230722T134051.nc
-2023-07-22T12:53:57 2023-07-22T12:59:08 2023-07-22T13:49:07.661601 48458169
-Polygon -1.9,-19.1 0.5,-37.1 16,-33.6 29.5,-31.2 26.5,-24.2 22.9,-13.7 13.6,-14.9 6.4,-16.6
--1.9,-19.1
-
 f6e4d82c-250f-45c2-9ee8-bc9fabfea279
 S5P_OFFL_L2__CLOUD__20230915T132336_20230915T150505_30690_03_020500_20230917T052008.nc
 2023-09-15T13:45:10 2023-09-15T14:43:34 2023-09-17T05:54:50.400021 525603414
@@ -294,12 +288,6 @@ S5P_NRTI_L2__CO_____20240102T033326_20240102T033826_32230_03_020600_20240102T052
 2024-01-02T03:33:21 2024-01-02T03:38:32 2024-01-02T05:36:31.201809 18379399
 Polygon 101.4,61.2 111.2,55.7 121.1,46.4 140.7,53.1 157.7,53.1 159.6,70.8 127,70.7 112.8,67.4
 101.4,61.2
-
-1f26f05c-2ed7-4bc7-a26c-664c1676238a
-S5P_NRTI_L2__CO_____20230623T220849_20230623T221349_29503_03_020500_20230623T224716.nc
-2023-06-23T22:08:43 2023-06-23T22:13:56 2023-06-23T22:58:23.518073 18568248
-Polygon -141.3,-11.6 -138.5,-29.7 -129.3,-27.1 -122.9,-25.6 -111.8,-24 -114.3,-16.9 -117.4,-6.2
--128.5,-7.5 -141.3,-11.6
 
 ac472119-a5b2-4f75-acc2-ee7f23f01410
 S5P_NRTI_L2__HCHO___20240102T033326_20240102T033826_32230_03_020601_20240102T052911.nc
@@ -361,12 +349,6 @@ S5P_NRTI_L2__O3_____20240102T051826_20240102T052326_32231_03_020601_20240102T070
 2024-01-02T05:18:20 2024-01-02T05:22:56 2024-01-02T07:16:01.118109 9692795
 Polygon 55.1,67.1 83.9,57 94.3,62 113.5,65.7 133.2,65.3 144.6,80.7 91.6,81 63.7,75 55.1,67.1
 
-2e600202-211f-4002-82fd-26eaee48c406
-S5P_RPRO_L2__O3_____20180430T070451_20180430T084820_02822_01_010000_20180605T215159.nc
-2018-04-30T07:27:26 2018-04-30T08:25:49 2023-05-10T12:08:46.137766 256832578
-Polygon -71,51.9 30.8,62.2 65.8,22.2 94.3,-85.1 149.3,-79 105,-26.3 89.6,57.2 106.5,82.4
-180,86.4 180,90 -180,90 -180,86.4 -131.8,82.9 -71,51.9
-
 ffa9dc1c-fb17-4324-b616-22e8e376e788
 S5P_RPRO_L2__O3_TCL_20180430T105025_20180506T131803_02867_03_020401_20230329T120928.nc
 2018-04-30T10:50:25 2018-05-06T13:18:03 2023-04-29T08:41:14.124733 1072903
@@ -405,12 +387,6 @@ S5P_NRTI_L2__SO2____20230722T164402_20230722T164902_29911_03_020500_20230722T183
 2023-07-22T16:43:56 2023-07-22T16:49:09 2023-07-22T18:46:20.160840 118840499
 Polygon -111.7,66.3 -97.3,62.1 -82.9,53.7 -55.8,61.6 -38.6,61.3 -30.2,78.9 -78.9,78.8
 -101.4,73.9 -111.7,66.3
-
-36ddb129-31e3-4434-ae81-0101be9b0b6c
-S5P_NRTI_L2__SO2____20240410T191656_20240410T192156_33644_03_020601_20240410T195701.nc
-2024-04-10T19:16:51 2024-04-10T19:22:02 2024-04-10T20:05:12.340601 117530264
-Polygon -103.2,15.7 -98.6,-2.2 -88.4,1.3 -83,2.4 -74.9,3.1 -78.3,21.1 -89.7,20.4 -95.3,18.9
--103.2,15.7
 
 76a8b976-2f2c-4792-a28c-b8a3ca329727
 S5P_OPER_AUX_CTMANA_20231024T000000_20231025T000000_20231101T133927.nc
@@ -467,13 +443,6 @@ S3A_SR_2_WAT____20171231T233317_20180101T001838_20180126T191321_2721_026_158____
 57686966 SR_2_WAT___ 9756 NT
 MultiLineString 1.3,-70.1 0,-69.3 | 0,-69.3 -12,-54.9 -34.1,24.9 -43.8,53.2 -63.8,73.3
 -83.7,78.8 -124,81.4
-
-6519e3ca-6a47-5f55-8f78-ba772cf4b73f
-S3A_SR_2_WAT____20171230T235920_20171231T004449_20180125T182547_2729_026_144______MAR_O_NT_003.SEN3
-2017-12-30T23:59:19.623106 2017-12-31T00:44:49.496898 2018-01-25T18:43:17.973000
-58197165 SR_2_WAT___ 9742 NT
-LineString -4.6,-70.5 -18.4,-55.3 -24.3,-41.3 -28.5,-27.1 -41.1,26.5 -45.3,40.8 -51.2,54.8
--55.6,61.7 -62.3,68.5 -74,74.8 -83.7,77.5 -98.2,79.8 -130.7,81.4
 
 4d7288ab-5f73-4dcb-a8eb-825d8efd3ecd
 S6A_P4_2__LR______20240225T015518_20240225T025131_20240226T073654_3373_121_117_058_EUM__OPE_ST_F08.SEN6
@@ -1231,7 +1200,7 @@ TYPES_5P = (
     'L2__AER_AI', 'L2__AER_LH', 'L2__CH4___', 'L2__CLOUD_', 'L2__CO____', 'L2__HCHO__',
     'L2__NO2___', 'L2__NP_BD3', 'L2__NP_BD6', 'L2__NP_BD7', 'L2__O3____', 'L2__O3_TCL',
     'L2__O3__PR', 'L2__SO2___') + tuple('L1B_RA_BD%d' % band for band in range(1, 9))
-BAND = typed_geometry('Polygon', '180,-20 -180,-20 -180,20 180,20 180,-20'.split())
+BAND = typed_geometry('Polygon', '180,-20 -180,-20 -180,20 180,20 180,-20')
 
 
 def stac_type(producttype, stream):
@@ -2005,22 +1974,15 @@ class Proxy(Loopback):
         with self.lock:
             self.requests.append((handler.command, handler.path, dict(handler.headers), b''))
         if self.password and handler.headers.get('Proxy-Authorization') != right:
-            self.refuse(handler, 407)
+            handler.send_error(407)
         elif port is None or handler.command != 'CONNECT':
-            self.refuse(handler, 502)
+            handler.send_error(502)
         else:
             with self.lock:
                 self.connections += 1
             with socket.create_connection(('127.0.0.1', port), 30) as far:
                 handler.wfile.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
                 self.relay(handler.connection, far)
-
-    def refuse(self, handler, status):
-        handler.send_response(status)
-        handler.send_header('Proxy-Authenticate', 'Basic realm="stand-in"')
-        handler.send_header('Content-Length', '0')
-        handler.send_header('Connection', 'close')
-        handler.end_headers()
 
     def relay(self, near, far):
         other = {near: far, far: near}
@@ -2034,6 +1996,7 @@ class Proxy(Loopback):
 
 ENVIRON = {"CDSE_USERNAME": "user", "CDSE_PASSWORD": "password"}
 HERE = os.path.dirname(os.path.abspath(cso.__file__))
+RC = os.path.join(HERE, "example.rc")
 
 
 class Case(unittest.TestCase):
@@ -2215,15 +2178,6 @@ class StandInTest(unittest.TestCase):
             self.assertEqual(rows, 11000)
             self.assertEqual(sorted(page['value'][0]), ['Id', 'Name'])
 
-    def test_single_product(self):
-        odd = RECORDS[0]._replace(stated=-1, checksum='')
-        with DataSpace([odd] + list(RECORDS[1:])) as space:
-            page = self.page('%s/Products(%s)' % (space.odata, RECORDS[2].id))
-            self.assertEqual((page['ContentLength'], page['Checksum'][0]['Value']),
-                             (20000, hashlib.md5(body_of(RECORDS[2])).hexdigest()))
-            page = self.page('%s/Products(%s)' % (space.odata, odd.id))
-            self.assertEqual((page['ContentLength'], page['Checksum']), (-1, []))
-
     def test_opensearch(self):
         """Its links, and its meaning of a period: what lies within."""
         with DataSpace() as space:
@@ -2342,8 +2296,8 @@ class StandInTest(unittest.TestCase):
         for kind, expected in (
                 ('fin', ('short', 10000)), ('cut', (200, 10000)), ('chunked', ('short', 10000)),
                 ('chunked-ok', (200, 'right')), ('flip', (200, 20000)), ('empty', (200, 0)),
-                ('no-length', (200, 'right')), ('drop', ('dropped', 0)), ('changed', (200, 'right')),
-                ('trickle', (200, 'right'))):
+                ('no-length', (200, 'right')), ('drop', ('dropped', 0)),
+                ('changed', (200, 'right')), ('trickle', (200, 'right'))):
             with self.subTest(kind), DataSpace() as space:
                 bearer, old = self.login(space), space.body(RECORDS[0])
                 space.faults.add(kind, every=0)
@@ -2421,10 +2375,10 @@ class ExpressionTest(unittest.TestCase):
     def test_values(self):
         for text, expected in (
                 ("1 + 2 * 3", 7), ("7 / 2", 3.5), ("7 // 2", 3), ("-7 % 3", 2), ("2 ** 10", 1024),
-                ("2 ** -1", 0.5), ("'x' * 10000", "x" * 10000), ("1.5 ** 100", 1.5 ** 100), ("+1 - -1", 2), ("0o775", 509),
-                ("'a' + \"b\"", "ab"), ("'ab' * 3", "ababab"), ("2 * 'ab'", "abab"),
-                ("1 < 2 <= 2", True), ("1 < 2 > 2", False), ("1 < 3 < 2", False), ("'b' in 'abc'", True),
-                ("3 not in [1, 2]", True), ("None is None", True), ("'a' != 'b'", True),
+                ("2 ** -1", 0.5), ("'x' * 10000", "x" * 10000), ("1.5 ** 100", 1.5 ** 100),
+                ("+1 - -1", 2), ("0o775", 509), ("'a' + \"b\"", "ab"), ("'ab' * 3", "ababab"),
+                ("2 * 'ab'", "abab"), ("1 < 2 <= 2", True), ("1 < 2 > 2", False),
+                ("1 < 3 < 2", False), ("'b' in 'abc'", True), ("3 not in [1, 2]", True), ("None is None", True), ("'a' != 'b'", True),
                 ("not 0", True), ("1 and 0 or 'x'", "x"), ("'a' if 0 else 'b'", "b"),
                 ("[1, (2, 3)]", [1, (2, 3)]), ("{'a': 1}", {"a": 1}), ("{1, 2}", {1, 2}),
                 ("()", ()), ("'abc'[1]", "b"), ("'abc'[1:]", "bc"), ("'abc'[::-1]", "cba"),
@@ -2652,8 +2606,8 @@ class SettingsTest(SettingsCase):
             "cfg/one.rc": "one : 1\n#include ./two.rc", "cfg/two.rc": "two : ${one}",
             "cfg/my file.rc": "f : 1", "cfg/sub/up.rc": "#include ../two.rc",
             "cfg/sub/near.rc": "#include other.rc", "cfg/sub/other.rc": "o : near",
-            "clash.rc": "c : current", "cfg/clash.rc": "c : beside", "cfg/last.rc": "l : 1",
-            "cfg/sub/last.rc": "#include main.last"}
+            "cfg/other.rc": "o : of the main file", "cfg/sub/far.rc": "#include last.rc",
+            "clash.rc": "c : current", "cfg/clash.rc": "c : beside", "cfg/last.rc": "l : 1"}
         for text, expected in (
                 ("#include cfg/one.rc", {"one": "1", "two": "1"}),
                 ("#include one.rc", {"one": "1", "two": "1"}),
@@ -2662,19 +2616,12 @@ class SettingsTest(SettingsCase):
                 ("#include my file.rc", {"f": "1"}),
                 ("#include ${n}.rc\nn : last", {"l": "1", "n": "last"}),
                 ("one : 5\n#include sub/up.rc", {"one": "5", "two": "5"}),
-                ("#include sub/near.rc", {"o": "near"}), ("#include clash.rc", {"c": "current"}),
+                ("#include sub/near.rc", {"o": "near"}), ("#include sub/far.rc", {"l": "1"}),
+                ("#include clash.rc", {"c": "current"}),
                 ("#include ./clash.rc", {"c": "beside"}),
                 ("#for X in last\n#include X.rc\n#endfor", {"l": "1"})):
             with self.subTest(text):
                 self.assertEqual(self.values(text, files=files, name="cfg/main.rc"), expected)
-
-    def test_the_main_files_directory_is_tried_last(self):
-        files = {"cfg/sub/a.rc": "#include b.rc", "cfg/b.rc": "b : 1"}
-        self.assertEqual(self.values("#include sub/a.rc", files=files, name="cfg/main.rc"),
-                         {"b": "1"})
-        files["cfg/sub/b.rc"] = "b : 2"
-        self.assertEqual(self.values("#include sub/a.rc", files=files, name="cfg/main.rc"),
-                         {"b": "2"})
 
     def test_imported_keys(self):
         files = {"o.rc": "a : ${E}\nb : T\nc : 3"}
@@ -3051,24 +2998,24 @@ def map_share(geometry):
 NRTI_AT_180 = typed_geometry('MultiPolygon', '''180,81.53 172.18,77.25 168.17,71.65 150.28,70.92
     137.91,70.18 131.78,69.3 124.66,67.67 115.66,64.17 109.07,61.29 98.45,64.98 84.92,67.65
     68.9,68.92 67.25,76.03 66.74,79.77 67.24,82.06 71.39,85.38 121.07,88.81 180,88.11 180,81.53 |
-    -180,88.11 -147.53,85.88 -180,81.53 -180,88.11'''.split())
+    -180,88.11 -147.53,85.88 -180,81.53 -180,88.11''')
 OVER_NORTH_POLE = typed_geometry('Polygon', '''-91.67,68.42 -101.22,74.9 -115.94,80.06
     -147.13,84.09 -180,84.77 -180,90 180,90 180,84.77 154.08,84.23 138.18,85.67 97.21,86.52
     59.95,85.32 42.58,83.05 7.28,84.47 -29.98,83.11 -42.98,81.27 -51.55,78.67 -56.9,75.17
-    -61.23,68.06 -91.67,68.42'''.split())
+    -61.23,68.06 -91.67,68.42''')
 TROPICS = BAND
 PAST_180 = typed_geometry('Polygon', '''-181.88,68.44 -182.08,69.34 -179.54,69.39 -179.44,68.49
-    -181.88,68.44'''.split())
+    -181.88,68.44''')
 SCENE = typed_geometry('Polygon', '''-79.01,-3.32 -78.66,-1.69 -80.88,-1.2 -81.23,-2.85
-    -79.01,-3.32'''.split())
+    -79.01,-3.32''')
 TRACK = typed_geometry('MultiLineString', '''1.29,-70.06 0,-69.25 | 0,-69.25 -0.97,-68.44
-    -10.01,-58.36 -14.56,-49.71 -18.51,-39.19'''.split())
+    -10.01,-58.36 -14.56,-49.71 -18.51,-39.19''')
 
 # What is not covered, cut at 180: all but the north, all but a swath that holds both poles.
 ALL_BUT_A_CAP = typed_geometry('Polygon', '''-180,60 -90,70 0,50 90,70 180,60 180,-90 -180,-90
-    -180,60'''.split())
+    -180,60''')
 ALL_BUT_A_SWATH = typed_geometry('MultiPolygon', '''-180,-80 -120,-78 -60,-65 -20,0 -60,65 -120,78
-    -180,80 -180,-80 | 180,80 120,78 60,65 20,0 60,-65 120,-78 180,-80 180,80'''.split())
+    -180,80 -180,-80 | 180,80 120,78 60,65 20,0 60,-65 120,-78 180,-80 180,80''')
 
 
 def covered_share(geometry):
@@ -3405,7 +3352,7 @@ UUID = 'b3f240e6-505d-4cae-97ea-43a8778a318d'
 CATALOGUE = 'catalogue.dataspace.copernicus.eu'
 HEADER = 'orbit;start_time;end_time;processing;collection;processor_version;filename;href\n'
 APIS = 'odata', 'opensearch', 'stac'
-EUROPE = typed_geometry('Polygon', '-40,20 40,20 40,80 -40,80 -40,20'.split())
+EUROPE = typed_geometry('Polygon', '-40,20 40,20 40,80 -40,80 -40,20')
 
 
 def s5p(name, start=None, end=None, id=None, geometry=EUROPE):
@@ -3712,7 +3659,8 @@ class CatalogueTest(CatalogueCase):
             (stac_entry(name6, key, zipped), 'filename', name6)
             for key in ('product', 'Product', 'PRODUCT')] + [
             (stac_entry(asset={'file:checksum': checksum}), 'md5', '')
-            for checksum in ('1220' + 64 * 'a', 'd40110' + 32 * 'a', 'd50110' + 32 * '0', '', None, KeyError)])
+            for checksum in ('1220' + 64 * 'a', 'd40110' + 32 * 'a', 'd50110' + 32 * '0', '', None,
+                             KeyError)])
 
     def test_footprints_in_both_forms_of_odata(self):
         space = self.use(DataSpace([]))
@@ -3843,7 +3791,8 @@ class CatalogueTest(CatalogueCase):
                 ('-30,30,35,70', [(-35, 25, 40, 75)]), ('5,5,5,5', [(0, 0, 10, 10)]),
                 ('170,-50,-170,50', [(165, -55, 180, 55), (-180, -55, -165, 55)]),
                 ('0,0,360,1', [whole]), ('0,0,350,1', [whole])):
-            query = cso.Query('', 'Sentinel5P', '', day, day, cso.Box.from_text(area), 'odata', True)
+            query = cso.Query('', 'Sentinel5P', '', day, day, cso.Box.from_text(area), 'odata',
+                              True)
             with self.subTest(area):
                 self.assertEqual(cso.wider_boxes(query), boxes)
 
@@ -4310,7 +4259,7 @@ class InquireTest(CatalogueCase):
             ring = '-5,-5 %s,-5 %s,15 -5,15 -5,-5' % (east, east)
             return s5p('S5P_OFFL_L2__NO2____2020010%dT023416_2020010%dT041546_11488_03_020400_'
                        '20221120T003820.nc' % (day, day), geometry=geometry and typed_geometry(
-                           'Polygon', ring.split()))
+                           'Polygon', ring))
         records = [covering(1, 15), covering(2, 5), covering(3, 0.5), covering(4, -1),
                    covering(5, 0, None)]
         with DataSpace(records) as space:
@@ -4353,7 +4302,7 @@ class InquireTest(CatalogueCase):
                     content=321)), '')))
 
     def test_geojson(self):
-        pacific = typed_geometry('Polygon', '170,0 -170,0 -170,10 170,10 170,0'.split())
+        pacific = typed_geometry('Polygon', '170,0 -170,0 -170,10 170,10 170,0')
         names = [NO2.replace('20250311T1', '2025031%dT1' % day) for day in (1, 2, 3)]
         records = [s5p(name, geometry=geometry) for name, geometry in zip(
             names, (EUROPE, pacific, None))]
@@ -4622,7 +4571,7 @@ class HttpTest(DownloadCase):
 
     def test_what_of_a_url_is_shown(self):
         for url, expected in (
-                ("https://me:secret@host.eu:8080/a/b?token=secret#secret", "https://host.eu:8080/a/b"),
+                ("https://me:secret@host.eu:80/a/b?token=secret#secret", "https://host.eu:80/a/b"),
                 ("http://secret@host.eu", "http://host.eu"), ("words", "'words'")):
             with self.subTest(url):
                 self.assertEqual(cso.shown(url), expected)
@@ -5657,7 +5606,7 @@ class BatchTest(DownloadCase):
         record = ORBITS[0]
         with DataSpace(ORBITS) as space:
             href = space.href(record)
-            for text in ("filename;href\n{name};{href}\n", "filename;href\n{name};{quoted}\n",
+            for text in ("filename;href\n{name};{quoted}\n",
                          'filename;href\n{name};"{doubly}"\n',
                          "mine;filename;href;size;yours\n1;{name};{href};20000;2\n",
                          "md5;filename;href\n{md5};{name};{href}\n"):
@@ -5691,10 +5640,9 @@ class BatchTest(DownloadCase):
                 self.assertEqual([row["state"] for row in rows], states)
                 self.assertEqual([row["bytes"] for row in rows], came)
                 self.assertEqual("Gone for ever" in rows[1]["message"], expected == 3)
-                self.assertEqual(("Gone for ever" in err, "Traceback" in err),
-                                 (expected == 3, False))
-                self.assertEqual("error: 1 files failed; run the same command again to go on\n" in err,
-                                 expected == 3)
+                for text in ("Gone for ever", "1 files failed; run the same command again to"):
+                    self.assertEqual(text in err, expected == 3)
+                self.assertNotIn("Traceback", err)
 
     def test_parts_of_a_table(self):
         records = list(made_products(7))
@@ -5940,7 +5888,7 @@ class MainTest(Case):
         Case.setUp(self)
         os.environ.update(ENVIRON)
         self.space = self.use(DataSpace(one_day()))
-        self.rc = os.path.join(HERE, "example.rc")
+        self.rc = RC
         self.common = at(self.space.url) + ["--env", "my.work=" + self.folder]
 
     def names(self, ending):
@@ -5966,9 +5914,10 @@ class MainTest(Case):
         os.environ["CDSE_TOKEN_URL"] = self.space.token_url
         table = self.write("t.csv", "filename;href;size;md5\na.nc;%s;9;%s\n" % (
             self.space.href(self.space.records[0]), "a" * 32))
-        for environ, said in (({"CDSE_PASSWORD": "wrong"}, "Invalid user credentials"),
-                              ({"CDSE_PASSWORD": "", "CDSE_USERNAME": ""}, "none found; looked at")):
-            for args in (["run", self.rc] + self.common, ["download", table, "--dir", self.path("x")]):
+        for environ, said in (
+                ({"CDSE_PASSWORD": "wrong"}, "Invalid user credentials"),
+                ({"CDSE_PASSWORD": "", "CDSE_USERNAME": ""}, "none found; looked at")):
+            for args in (["run", self.rc] + self.common, ["download", table, "--dir", "data"]):
                 with self.subTest(environ, args=args), mock.patch.dict(os.environ, environ):
                     status, out, err = self.run_main(*args)
                     self.assertEqual((status, out, err.count("\n")), (1, "", 1))
@@ -6011,7 +5960,7 @@ class MainTest(Case):
 
     def test_mistakes_end_with_one_line_and_status(self):
         missing = self.path("none.rc")
-        several = self.write("two.rc", "a.timerange.start : 2018-07-01\nb.timerange.start : 2018-07-02\n")
+        several = self.write("two.rc", "a.timerange.start : 2018\nb.timerange.start : 2019\n")
         href = self.space.href(self.space.records[0])
         good = self.write("good.csv", "filename;href\na.nc;%s\n" % href)
         broken = self.write("table.csv", "filename;href\na.nc;%s\nx.nc\n" % href)
@@ -6036,8 +5985,7 @@ class MainTest(Case):
                 (["run", self.rc, "--set", "x"], 2, "'x' is not NAME=VALUE"),
                 (["--version"], 0, "cso_dataspace %s" % cso.__version__)):
             with self.subTest(args=args):
-                got, out, err = self.run_main(*(args + (self.common if args[1:] and args[1] == self.rc
-                                                        else [])))
+                got, out, err = self.run_main(*(args + self.common * (self.rc in args)))
                 self.assertEqual(got, status, err)
                 self.assertIn(said, out + err)
                 self.assertNotIn("Traceback", err)
@@ -6074,16 +6022,14 @@ class MainTest(Case):
         status, out, err = self.run_main("check", self.rc, *self.common)
         self.assertEqual((status, out.count(" ok: "), out.count("\n")), (0, 7, 7), out + err)
         self.assertIn("opensearch   ok: %s answers" % self.space.opensearch, out)
-        del os.environ["CDSE_PASSWORD"], os.environ["CDSE_USERNAME"]
-        status, out, err = self.run_main("check", self.rc, *self.common)
-        self.assertEqual((status, out.count("NOT ok")), (1, 2), out)
-        self.assertIn("machine zipper.dataspace.copernicus.eu login USER", out)
-
-    def test_check_of_a_folder_that_cannot_be_written(self):
         with mock.patch.object(os, "access", lambda *args: False):
             status, out, _ = self.run_main("check", self.rc, *self.common)
         self.assertEqual((status, out.count("NOT ok")), (1, 1), out)
         self.assertIn("choose another download.dir", out)
+        del os.environ["CDSE_PASSWORD"], os.environ["CDSE_USERNAME"]
+        status, out, err = self.run_main("check", self.rc, *self.common)
+        self.assertEqual((status, out.count("NOT ok")), (1, 2), out)
+        self.assertIn("machine zipper.dataspace.copernicus.eu login USER", out)
 
     def test_console_without_utf8(self):
         rc = self.write("x.rc", "grid : 1 \u00d7 1\n")
@@ -6107,7 +6053,7 @@ class ScreenTest(unittest.TestCase):
             return True
 
     def screen(self, width):
-        """A stream, its Screen, the Progress of two files of 1 GB, and the list that is the time."""
+        """A stream, its Screen, the Progress of two files of 1 GB, and the time in a list."""
         now, stream = [0.0], self.Terminal()
         screen = cso.Screen(stream, clock=lambda: now[0])
         screen.width = lambda: width
@@ -6141,8 +6087,8 @@ class ScreenTest(unittest.TestCase):
     def test_on_a_pseudo_terminal(self):
         with tempfile.TemporaryDirectory() as folder, DataSpace(one_day()) as space:
             master, slave = os.openpty()
-            command = [sys.executable, "-m", "cso_dataspace", "run",
-                       os.path.join(HERE, "example.rc"), "--env", "my.work=" + folder]
+            command = [sys.executable, "-m", "cso_dataspace", "run", RC, "--env",
+                       "my.work=" + folder]
             environ = dict(os.environ, PYTHONPATH=HERE, COLUMNS="50", **ENVIRON)
             with subprocess.Popen(command + at(space.url), env=environ, stdin=subprocess.DEVNULL,
                                   stdout=subprocess.PIPE, stderr=slave) as process:
@@ -6173,7 +6119,7 @@ class ProjectTest(Case):
         os.replace(copy, self.path("vendor", "_cds.py"))
         out = subprocess.check_output(
             [sys.executable, "-c", "from vendor import _cds; print(_cds.log.name, "
-             "_cds.box_overlap(None, [0, 0, 1, 1]), sorted(_cds.__all__) == sorted(set(_cds.__all__)))"],
+             "_cds.box_overlap(None, [0, 0, 1, 1]), len(_cds.__all__) == len(set(_cds.__all__)))"],
             cwd=self.folder, universal_newlines=True)
         self.assertEqual(out, "cso_dataspace (True, None) True\n")
 
@@ -6203,7 +6149,7 @@ class ProjectTest(Case):
         space = self.use(DataSpace(one_day(), tls=tls, users={"me@example.com": "secret"}))
         self.use(names_on_loopback({name: space for name in NAMES}))
         os.environ["SLURM_ARRAY_TASK_ID"] = "2"
-        shutil.copy(os.path.join(HERE, "example.rc"), self.folder)
+        shutil.copy(RC, self.folder)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         tested_elsewhere = ("cp ", "python3 -m pip", "python3 test_", "python3 -m unittest")
@@ -6231,7 +6177,7 @@ def demo():
     folder = tempfile.mkdtemp(prefix="cso_demo_")
     recorded = list(RECORDS)
     with DataSpace(recorded + list(one_day())) as space:
-        command = ["run", os.path.join(HERE, "example.rc"), "--env", "my.work=" + folder] + at(space.url)
+        command = ["run", RC, "--env", "my.work=" + folder] + at(space.url)
         print("A stand-in of the Data Space listens at %s with %d recorded products of Sentinel-1\n"
               "to -6 and the 14 made-up NO2 orbits of 1 July 2018. Files have made-up contents.\n"
               % (space.url, len(recorded)))
@@ -6273,16 +6219,11 @@ import json, sys, urllib.request
 rows = []
 for skip in range(0, 10000, 1000):
     url = sys.argv[1] + "/Products?$filter=Collection/Name%20eq%20'SENTINEL-5P'"
-    with urllib.request.urlopen(url + "&$orderby=ContentDate/Start&$top=1000&$skip=%d" % skip) as page:
+    url += "&$orderby=ContentDate/Start&$top=1000&$skip=%d" % skip
+    with urllib.request.urlopen(url) as page:
         rows += [(one["Id"], one["Name"]) for one in json.loads(page.read().decode())["value"]]
 assert len(rows) == 10000
 print(peak())"""
-HASH = """
-import hashlib
-hashed = hashlib.md5()
-with open("0.nc", "rb") as source:
-    for data in iter(lambda: source.read(1 << 18), b""):
-        hashed.update(data)"""
 BASE = ("import urllib.request, json, ssl, csv, argparse, concurrent.futures, "
         "concurrent.futures.thread")
 SERVED = {"list-5": lambda: DataSpace(made_products(10000), keep_pages=True),
@@ -6301,7 +6242,7 @@ def serve(kind):
 
 @contextlib.contextmanager
 def served(kind, seen=None):
-    with subprocess.Popen([sys.executable, os.path.join(HERE, "test_cso_dataspace.py"), "serve", kind],
+    with subprocess.Popen([sys.executable, os.path.abspath(__file__), "serve", kind],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           universal_newlines=True) as process:
         yield process.stdout.readline().strip()
@@ -6317,7 +6258,7 @@ def timed(command, folder):
     out = subprocess.check_output(command, env=environ, cwd=folder, stderr=subprocess.DEVNULL)
     wall, after = time.perf_counter() - began, os.times()
     last = out.decode().split()[-1:]
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    cpu = sum(after[2:4]) - sum(before[2:4])            # of children: user, system
     return wall, cpu, float(last[0]) if last and re.match(r"[\d.]+$", last[0]) else None
 
 
@@ -6362,9 +6303,9 @@ def figures_of_start(folder):
 
 def job(command, space_url, *settings):
     """The command that lists, or fetches, all that a stand-in has, by example.rc."""
-    whole = ("timerange.start=2018-01-01", "timerange.end=2030-01-01", "area=", "selection=", "best=F",
-             "output.file=table.csv", "download.dir=files") + settings
-    return python(OURS, command, os.path.join(HERE, "example.rc"), *at(space_url, *whole))
+    whole = ("timerange.start=2018-01-01", "timerange.end=2030-01-01", "area=", "selection=",
+             "best=F", "output.file=table.csv", "download.dir=files") + settings
+    return python(OURS, command, RC, *at(space_url, *whole))
 
 
 def figures_of_listing(folder, points, limit):
@@ -6383,14 +6324,10 @@ def figures_of_large_file(folder):
         print("curl is not here: no figures of transfers")
         return
     with served("large") as url:
-        plain = curl_of(url, 1)
-        ours, curl = compared(job("run", url), plain, folder, 3)
-        hashed = [timed(plain, fresh(folder))[0] + timed(python(HASH), folder)[0]
-                  for _ in range(3)]
-    print("one file of 1 GiB with MD5: %.2f of the rate of curl without MD5 (at least 0.5), %.2f of "
-          "curl and then MD5, %.0f MB/s; %.0f MB of memory (at most 35)"
-          % (curl[0] / ours[0], statistics.median(hashed) / ours[0], 2 ** 30 / 1e6 / ours[0],
-             ours[2]))
+        ours, curl = compared(job("run", url), curl_of(url, 1), folder, 3)
+    print("one file of 1 GiB with MD5: %.2f of the rate of curl without MD5 (at least 0.5), "
+          "%.0f MB/s; %.0f MB of memory (at most 35)"
+          % (curl[0] / ours[0], 2 ** 30 / 1e6 / ours[0], ours[2]))
 
 
 def figures_of_many_files(folder):
