@@ -5860,14 +5860,13 @@ class MainTest(Case):
         Case.setUp(self)
         os.environ.update(ENVIRON)
         self.space = self.use(DataSpace(one_day()))
-        self.rc = RC
         self.common = at(self.space.url) + ["--env", "my.work=" + self.folder]
 
     def names(self, ending):
         return [name for name in self.files() if name.endswith(ending)]
 
     def test_run_writes_the_table_and_the_checked_files(self):
-        status, out, err = self.run_main("run", self.rc, *self.common)
+        status, out, err = self.run_main("run", RC, *self.common)
         self.assertEqual((status, out), (0, "8 of 8 files here: 8 verified\n"), err)
         rows = cso.read_table(self.path(self.names(".csv")[0]))
         self.assertEqual(sorted(row.filename for row in rows),
@@ -5878,7 +5877,7 @@ class MainTest(Case):
             self.assertTrue(name.startswith(os.path.join("OFFL", "2018", "07", "01")), name)
         self.assertEqual((self.space.count("value"), self.space.logins, self.space.logouts),
                          (8, 1, 1))
-        again = self.run_main("run", self.rc, *self.common)
+        again = self.run_main("run", RC, *self.common)
         self.assertEqual(again[:2], (0, "8 of 8 files here: 8 present\n"))
         self.assertEqual((self.space.count("value"), self.space.logins), (8, 2))
 
@@ -5889,7 +5888,8 @@ class MainTest(Case):
         for environ, said in (
                 ({"CDSE_PASSWORD": "wrong"}, "Invalid user credentials"),
                 ({"CDSE_PASSWORD": "", "CDSE_USERNAME": ""}, "none found; looked at")):
-            for args in (["run", self.rc] + self.common, ["download", table, "--dir", "data"]):
+            for args in (["run", RC] + self.common,
+                         ["download", table, "--dir", self.path("data")]):
                 with self.subTest(environ, args=args), mock.patch.dict(os.environ, environ):
                     status, out, err = self.run_main(*args)
                     self.assertEqual((status, out, err.count("\n")), (1, "", 1))
@@ -5898,11 +5898,11 @@ class MainTest(Case):
         self.assertEqual(self.space.count("odata"), 0)
 
     def test_dry_run_shows_requests_files_and_bytes_and_does_nothing(self):
-        status, out, err = self.run_main("run", self.rc, "--dry-run", *self.common)
+        status, out, err = self.run_main("run", RC, "--dry-run", *self.common)
         self.assertEqual(status, 0, err)
         self.assertIn("request: %s/Products?$filter=Collection/Name eq" % self.space.odata, out)
         self.assertIn("8 files, 160.0 kB\n", out)
-        status, out, err = self.run_main("run", self.rc, "--dry-run", "--part", "0/3", *self.common)
+        status, out, err = self.run_main("run", RC, "--dry-run", "--part", "0/3", *self.common)
         self.assertEqual((status, out.count(" <- ")), (0, 3), err)
         table = self.write("t.csv", "filename;href;size\na.nc;http://127.0.0.1/x;2500\n")
         status, out, err = self.run_main("download", table, "--dry-run", "--dir", "data")
@@ -5912,7 +5912,7 @@ class MainTest(Case):
                          (["t.csv"], 0, 0))
 
     def test_download_of_a_table_or_a_href(self):
-        self.run_main("inquire", self.rc, *self.common)
+        self.run_main("inquire", RC, *self.common)
         table, = self.names(".csv")
         os.environ["CDSE_TOKEN_URL"] = self.space.token_url
         status, out, err = self.run_main("download", self.path(table), "--dir", self.path("%d"))
@@ -5924,11 +5924,11 @@ class MainTest(Case):
                          (0, self.space.body(record)), err)
 
     def test_batch_log_has_a_line_per_file_and_quiet_only_errors(self):
-        status, out, err = self.run_main("run", self.rc, *self.common)
+        status, out, err = self.run_main("run", RC, *self.common)
         done = re.findall(r"(?m)^S5P_\S+\.nc: verified, 20.0 kB in [\d.]+ s, [\d.]+ \w+/s$", err)
         self.assertEqual(len(done), 8, err)
         self.assertNotIn("\r", err)
-        self.assertEqual(self.run_main("run", self.rc, "-q", *self.common)[2], "")
+        self.assertEqual(self.run_main("run", RC, "-q", *self.common)[2], "")
 
     def test_mistakes_end_with_one_line_and_status(self):
         missing = self.path("none.rc")
@@ -5939,10 +5939,10 @@ class MainTest(Case):
         for args, status, said in (
                 (["run", missing], 1, "error: %s: settings can't be read; tried" % missing),
                 (["run", several], 1, "choose one: --rcbase a or b"),
-                (["run", self.rc, "--part", "3"], 2, "argument --part: '3' is not I/N"),
-                (["run", self.rc, "--set", "area=1,2,3"], 1, "--set area: area: four numbers"),
-                (["run", self.rc, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
-                (["run", self.rc, "--set", "dmode=abc"], 1, "--set dmode: dmode: 'abc' is no mode"),
+                (["run", RC, "--part", "3"], 2, "argument --part: '3' is not I/N"),
+                (["run", RC, "--set", "area=1,2,3"], 1, "--set area: area: four numbers"),
+                (["run", RC, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
+                (["run", RC, "--set", "dmode=abc"], 1, "--set dmode: dmode: 'abc' is no mode"),
                 (["download", broken], 1, "table.csv:3: 1 fields; the header has 2"),
                 (["download", "nosuch.csv"], 1, "nosuch.csv: can't be read"),
                 (["download", self.folder], 1, self.folder + ": can't be read"),
@@ -5954,10 +5954,10 @@ class MainTest(Case):
                 (["download", good, "--connections", "0", "--dry-run"], 2, "--connections"),
                 (["settings", missing], 1, missing),
                 (["run"], 2, "RCFILE"), (["dowload"], 2, "invalid choice"), ([], 2, "COMMAND"),
-                (["run", self.rc, "--set", "x"], 2, "'x' is not NAME=VALUE"),
+                (["run", RC, "--set", "x"], 2, "'x' is not NAME=VALUE"),
                 (["--version"], 0, "cso_dataspace %s" % cso.__version__)):
             with self.subTest(args=args):
-                got, out, err = self.run_main(*(args + self.common * (self.rc in args)))
+                got, out, err = self.run_main(*(args + self.common * (RC in args)))
                 self.assertEqual(got, status, err)
                 self.assertIn(said, out + err)
                 self.assertNotIn("Traceback", err)
@@ -5966,11 +5966,11 @@ class MainTest(Case):
         self.assertEqual((self.names(".nc"), self.space.count("value")), ([], 0))
 
     def test_misspelt_setting_is_pointed_out(self):
-        _, _, err = self.run_main("run", self.rc, *(self.common + [
+        _, _, err = self.run_main("run", RC, *(self.common + [
             "--set", "cso.s5p.no2.area.minmum=3"]))
         self.assertEqual(err.count("cso.s5p.no2.area.minmum is no setting of this program and is "
                                    "ignored; is area.minimum meant?"), 1)
-        self.assertEqual(self.run_main("inquire", "-q", self.rc, *(self.common + [
+        self.assertEqual(self.run_main("inquire", "-q", RC, *(self.common + [
             "--set", "cso.s5p.no2.area.minmum=3"]))[2], "")
 
     def test_a_program_that_calls_main_stays_as_it_was(self):
@@ -5978,7 +5978,7 @@ class MainTest(Case):
             return (list(cso.log.handlers), cso.log.level, cso.log.propagate,
                     signal.getsignal(signal.SIGTERM))
         before = state()
-        for args in (["settings", self.rc, "-v"] + self.common, ["settings", "nosuch.rc", "-q"]):
+        for args in (["settings", RC, "-v"] + self.common, ["settings", "nosuch.rc", "-q"]):
             self.run_main(*args)
             self.assertEqual(state(), before)
 
@@ -5991,15 +5991,15 @@ class MainTest(Case):
                 self.assertLessEqual(out.count("\n"), 30)
 
     def test_check_tells_what_to_do(self):
-        status, out, err = self.run_main("check", self.rc, *self.common)
+        status, out, err = self.run_main("check", RC, *self.common)
         self.assertEqual((status, out.count(" ok: "), out.count("\n")), (0, 7, 7), out + err)
         self.assertIn("opensearch   ok: %s answers" % self.space.opensearch, out)
         with mock.patch.object(os, "access", lambda *args: False):
-            status, out, _ = self.run_main("check", self.rc, *self.common)
+            status, out, _ = self.run_main("check", RC, *self.common)
         self.assertEqual((status, out.count("NOT ok")), (1, 1), out)
         self.assertIn("choose another download.dir", out)
         del os.environ["CDSE_PASSWORD"], os.environ["CDSE_USERNAME"]
-        status, out, err = self.run_main("check", self.rc, *self.common)
+        status, out, err = self.run_main("check", RC, *self.common)
         self.assertEqual((status, out.count("NOT ok")), (1, 2), out)
         self.assertIn("machine zipper.dataspace.copernicus.eu login USER", out)
 
