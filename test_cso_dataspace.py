@@ -1560,15 +1560,14 @@ def fault_changed(space, request, respond, detail):
 
 @fault('trickle', 'leisurely')
 def fault_slow(space, request, respond, detail):
-    """The second half comes byte by byte, `every` so many seconds; or in one, after a while."""
+    """The last 100 bytes come one by one, `every` so many seconds; or half of all after a while."""
     answer = respond()
     pause = detail.get('every', 0.03)
 
     def pieces(body):
-        half = len(body) // 2
-        step = 1 if detail['kind'] == 'trickle' else len(body) - half
-        yield body[:half]
-        for k in range(half, len(body), step):
+        late, step = (100, 1) if detail['kind'] == 'trickle' else [len(body) - len(body) // 2] * 2
+        yield body[:len(body) - late]
+        for k in range(len(body) - late, len(body), step):
             space.closing.wait(pause)
             yield body[k:k + step]
     if answer.record:
