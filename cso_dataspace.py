@@ -91,10 +91,10 @@ log = logging.getLogger("cso_dataspace")
 class DataSpaceError(Exception):
     """Base of all errors that this module raises for what a user, a file or a service did.
 
-    `temporary` tells whether trying again later may help.
+    `temporary` tells whether trying again later may help, `fatal` whether a batch must end.
     """
 
-    temporary = False
+    temporary = fatal = False
 
 
 class SettingsError(DataSpaceError):
@@ -117,13 +117,15 @@ class CatalogueError(DataSpaceError):
 class LoginError(DataSpaceError):
     """There are no credentials, or the service refused them.  Never tried again."""
 
+    fatal = True
+
 
 class FileError(DataSpaceError):
-    """A file can't be written; `full` tells that the disk or quota is exhausted."""
+    """A file can't be written; `fatal` where the disk or quota is exhausted."""
 
-    def __init__(self, message, full=False):
+    def __init__(self, message, fatal=False):
         super().__init__(message)
-        self.full = full
+        self.fatal = fatal
 
 
 class CheckError(DataSpaceError):
@@ -145,6 +147,8 @@ class HttpError(DataSpaceError):
 
 class Stopped(DataSpaceError):
     """The run was asked to stop."""
+
+    fatal = True
 
 
 ################ Files ################
@@ -1466,15 +1470,14 @@ def service_message(body):
 
 def words_of(said):
     """Return the words in a decoded error body; nested forms are read inside out."""
+    if isinstance(said, dict):
+        said_by_key = [words_of(said.get(key)) for key in (
+            "ErrorMessage", "error_description", "message", "description", "msg", "code", "loc",
+            "ErrorDetail", "detail", "error")]
+        return ": ".join(filter(None, said_by_key))
     if isinstance(said, list):
-        return "; ".join(words_of(item) for item in said)
-    if not isinstance(said, dict):
-        return "" if said is None else str(said)
-    keys = ("ErrorMessage", "error_description", "message", "description", "msg", "code", "loc",
-            "ErrorDetail", "detail", "error")
-    found = [words_of(said[key]) for key in keys
-             if said.get(key) and not (key == "error" and "error_description" in said)]
-    return ": ".join(word for word in found if word)
+        return "; ".join(map(words_of, said))
+    return "" if said is None else str(said)
 
 
 def retry_after(headers, now=time.time):
@@ -1493,54 +1496,31 @@ def ca_context():
     """Return a TLS context that verifies, with the system's authorities wherever they are."""
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
-    if paths.cafile or (paths.capath and os.path.isdir(paths.capath) and os.listdir(paths.capath)):
-        return context
-    if context.cert_store_stats()["x509_ca"]:
+    if (context.cert_store_stats()["x509_ca"] or paths.cafile
+            or paths.capath and os.path.isdir(paths.capath) and os.listdir(paths.capath)):
         return context
     bundles = [path for path in CA_BUNDLES if os.path.exists(path)]
     if not bundles:
-        try:
+        with contextlib.suppress(ImportError):
             import certifi
-            bundles = [certifi.where()]
-        except ImportError:
-            return context
-    context.load_verify_locations(bundles[0])
+            bundles.append(certifi.where())
+    if bundles:
+        context.load_verify_locations(bundles[0])
     return context
 
 
 class Connections(urllib.request.AbstractHTTPHandler):
-    """Opens connections for urllib and remembers their sockets, so that a stop can cut them."""
+    """Opens connections for urllib; the first one over TLS makes the context for all."""
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def __init__(self):
-        super().__init__()
-        self.sockets = weakref.WeakSet()
-        self.context = None
-
-    def tracked(self, connection):
-        sockets = self.sockets
-
-        class Tracked(connection):
-            def connect(self):
-                super().connect()
-                sockets.add(self.sock)
-
-        return Tracked
+    context = None
 
     def http_open(self, request):
-        return self.do_open(self.tracked(http.client.HTTPConnection), request)
+        return self.do_open(http.client.HTTPConnection, request)
 
     def https_open(self, request):
         self.context = self.context or ca_context()
-        return self.do_open(self.tracked(http.client.HTTPSConnection), request,
-                            context=self.context)
-
-    def cut(self):
-        for connected in list(self.sockets):
-            # it may be closed by the other side, or by the thread that used it
-            with contextlib.suppress(OSError, ValueError):
-                connected.shutdown(socket.SHUT_RDWR)
+        return self.do_open(http.client.HTTPSConnection, request, context=self.context)
 
 
 class Proxies(urllib.request.ProxyHandler):
@@ -1561,11 +1541,10 @@ class Http:
 
     def __init__(self, timeout=60, trusted=()):
         self.timeout, self.trusted = timeout, [host.lower() for host in trusted]
-        self.connections = Connections()
         # No OpenerDirector of build_opener: that one follows redirects with the token in the
         # headers, and opens file: and ftp: urls.
         self.opener = urllib.request.OpenerDirector()
-        for handler in (Proxies(), urllib.request.UnknownHandler(), self.connections):
+        for handler in (Proxies(), urllib.request.UnknownHandler(), Connections()):
             self.opener.add_handler(handler)
 
     def send(self, url, headers, data):
@@ -1714,7 +1693,6 @@ def retrying(what, action, retry, sleep):
 
 TOKEN_URL = "https://identity.%s/auth/realms/CDSE/protocol/openid-connect/token" % DOMAIN
 NETRC_HOSTS = tuple(name + DOMAIN for name in ("zipper.", "download.", "identity.", ""))
-LOOKS = 1000                    # at a claim, in 200 s; then this process logs in as well
 CLAIM_AGE = 60                  # seconds after which another process's login counts as dead
 
 
@@ -1832,7 +1810,6 @@ class TokenCache:
 
     def __init__(self, path, account, now=time.time):
         self.path, self.account, self.now = path, account, now
-        self.claim = path + ".login"
 
     def read(self, clock):
         """Return the shared Grant on the given clock, or None."""
@@ -1858,23 +1835,24 @@ class TokenCache:
         with replacing(self.path, 0o600) as out:
             json.dump(kept, out)
 
-    def may_login(self):
-        """Return whether this process should ask for a token now, and no other one is at it."""
-        with contextlib.suppress(OSError):
-            if abs(self.now() - os.stat(self.claim).st_mtime) > CLAIM_AGE:
-                os.unlink(self.claim)
+    @contextlib.contextmanager
+    def claimed(self, sleep):
+        """Hold the file that tells other processes to wait; one of a dead process is removed."""
+        claim = self.path + ".login"
+        with file_errors(claim):
+            while True:
+                try:
+                    os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                    break
+                except FileExistsError:
+                    sleep(0.2)
+                with contextlib.suppress(FileNotFoundError):
+                    if abs(self.now() - os.stat(claim).st_mtime) > CLAIM_AGE:
+                        os.unlink(claim)
         try:
-            with file_errors(self.claim):
-                os.close(os.open(self.claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            return True
-        except FileError:
-            if os.path.exists(self.claim):
-                return False
-            raise
-
-    def login_done(self):
-        discard(self.claim)
-
+            yield
+        finally:
+            discard(claim)
 
 class Token:
     """Keeps one access token for all threads and renews it before it expires.
@@ -1936,28 +1914,18 @@ class Token:
     def renew(self):
         if self.cache is None:
             self.grant = self.ask()
-            return
-        stale = self.grant.access if self.grant else None
-        for _ in range(LOOKS):          # while another process logs in
-            grant = self.shared(stale)
-            if grant is not None or self.cache.may_login():
-                break
-            self.sleep(0.2)
-        if grant is None:
-            try:
-                # whoever held the claim before may have brought one just now
-                grant = self.shared(stale) or self.ask()
-                self.cache.write(grant, self.clock)
-            finally:
-                self.cache.login_done()
-        self.grant = grant
+        elif not self.take_shared():
+            with self.cache.claimed(self.sleep):        # one process logs in, others wait here
+                if not self.take_shared():
+                    self.grant = self.ask()
+                    self.cache.write(self.grant, self.clock)
 
-    def shared(self, stale):
-        """Return a token that another process left, unless it is the one just refused."""
-        grant = self.cache.read(self.clock)
-        if grant is not None and self.grant is None:
-            self.grant = grant._replace(expires=-math.inf)      # its refresh token may still serve
-        return grant if self.fresh(grant) and grant.access != stale else None
+    def take_shared(self):
+        """Take what another process left, unless it is what was refused here; is it fresh?"""
+        shared = self.cache.read(self.clock)
+        if shared and not (self.grant and shared.access == self.grant.access):
+            self.grant = shared         # if it is not fresh its refresh token may still serve
+        return self.fresh(self.grant)
 
     def ask(self):
         """Return a Grant of the service: by the refresh token where there is one, else anew."""
@@ -2057,9 +2025,8 @@ class Session:
             raise Stopped("stopped")
 
     def stop(self):
-        """End every request and wait of this session now, from any thread."""
+        """Let no request begin or go on, and no wait last, from any thread."""
         self.stopped.set()
-        self.http.connections.cut()
 
     def retrying(self, what, action, retry=None):
         def unless_stopped():
@@ -2153,6 +2120,7 @@ class Slots:
 # before are dropped by search().
 
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
+DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
 PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
 COLLECTIONS = "/collections?limit=1000"
 SKIP_MAX = 10000                # both walked services refuse more
@@ -2746,8 +2714,6 @@ def write_geojson(pairs, path, dmode=None):
 POLL = 0.5                      # seconds between looks at a file that another process fetches
 ABANDONED = 120                 # seconds without a write after which a part counts as left behind
 HEAD = 512                      # first bytes of a body by which it is judged
-SAME_BODY = 3                   # so many equal wrong bodies are not chance: no further try
-
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
 SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
 
@@ -2777,14 +2743,6 @@ class Outcome(NamedTuple):
     message: str = ""
 
 
-class Busy(DataSpaceError):
-    """Another process is fetching the file of `task`."""
-
-    def __init__(self, task):
-        super().__init__("%s: another process is fetching it" % task.path)
-        self.task = task
-
-
 def new_md5():
     """Return an MD5 object, None where the system forbids MD5 (FIPS)."""
     for options in ({"usedforsecurity": False}, {}):        # before Python 3.9 without it
@@ -2802,10 +2760,9 @@ class Part:
     alive: set = set()          # the parts that this process is at, by path
 
     def __init__(self, target):
-        self.target = target
-        self.path = part_name(target)
+        self.target, self.path = target, part_name(target)
         Part.alive.add(self.path)
-        self.file, self.etag, self.wrong_bodies = None, None, {}
+        self.file, self.came, self.wrong_bodies = None, 0, []
         self.reset()
 
     def reset(self):
@@ -2819,6 +2776,7 @@ class Part:
     def write(self, data):
         with file_errors(self.path):
             self.file.write(data)
+            self.file.flush()           # a full disk is told now, and a killed run loses nothing
         if len(self.head) < HEAD:
             self.head += data[:HEAD]
         self.count += len(data)
@@ -2829,32 +2787,21 @@ class Part:
         for data in iter(lambda: source.read(CHUNK), b""):
             self.write(data)
 
-    def flush(self):
-        if self.file:           # not where it could not be begun again
-            with file_errors(self.path):
-                self.file.flush()
-
-    def finish(self):
-        """Close the file, with its errors: some file systems report a quota only now."""
-        with file_errors(self.path):
-            self.file.close()
-            self.file = None
+    def digest(self):
+        return self.md5.hexdigest() if self.md5 else ""
 
     def close(self):
-        if self.file:
-            with contextlib.suppress(OSError):      # a full disk, reported by flush
+        with file_errors(self.path):    # some file systems report a quota only now
+            if self.file:
                 self.file.close()
-            self.file = None
 
     def leave(self):
         """Close the part for good; one with bytes in it is kept for the next run."""
-        self.close()
+        with contextlib.suppress(FileError):
+            self.close()
         Part.alive.discard(self.path)
         if not self.count:
             discard(self.path)
-
-    def digest(self):
-        return self.md5.hexdigest() if self.md5 else ""
 
     def adopt(self, left):
         """Take over the bytes of a part that someone left behind; it is gone then.
@@ -2902,30 +2849,37 @@ def is_abandoned(path, owner, now=time.time):
     return False                # gone: its owner is done with it
 
 
-def claim(task):
-    """Return a Part for the task, with the bytes of an abandoned one where they can be trusted.
+def claim(task, session):
+    """Return a Part for the task, None where the file is there, by now or since long.
 
-    Returns None where another process is fetching the file.  Two that come at the same time see
-    each other's part, step back and come again.
+    While another process is fetching it, waits.  Two that come at the same time see each other's
+    part, step back and come again.
     """
-    part = Part(task.path)
-    try:
-        others = parts_beside(task.path)
-        others.pop(part.path, None)
-        if not all(is_abandoned(path, owner) for path, owner in others.items()):
+    while not is_present(task):
+        part = Part(task.path)
+        try:
+            others = parts_beside(task.path)
+            del others[part.path]
+            if all(is_abandoned(*other) for other in others.items()) and not is_present(task):
+                inherit(part, sorted(others, key=size_of, reverse=True), task)
+                return part
+        except BaseException:
             part.leave()
-            return None
-        for path in sorted(others, key=size_of, reverse=True):
-            # only an MD5 can tell whether old bytes and new ones belong together
-            fits = size_of(path) <= (task.size or math.inf)
-            if task.md5 and part.md5 and not part.count and fits:
-                part.adopt(path)
-            else:
-                discard(path)
-        return part
-    except BaseException:
+            raise
         part.leave()
-        raise
+        session.sleep(POLL * (1 + random.random()))
+    return None
+
+
+def inherit(part, left, task):
+    """Take over the first of the parts left behind that may fit; remove the others."""
+    for path in left:
+        # only an MD5 can tell whether old bytes and new ones belong together
+        fits = size_of(path) <= (task.size or math.inf)
+        if task.md5 and part.md5 and not part.count and fits:
+            part.adopt(path)
+        else:
+            discard(path)
 
 
 def size_of(path):
@@ -2963,7 +2917,11 @@ def receive(session, task, part, on_bytes):
                 # a zip may come where the catalogue describes the file in it
                 most = 2 * task.size + (1 << 20) if task.size else math.inf
                 body = chunks(response, task.href, session.timeout, session.clock, most)
-                store(response, body, task, part, on_bytes, session)
+                for data in begin(response, body, task, part):
+                    part.write(data)
+                    part.came += len(data)
+                    on_bytes(len(data))
+                    session.check_stop()
         except HttpError as error:
             if error.status == 429:
                 session.slots.shrink(limit)
@@ -2972,8 +2930,6 @@ def receive(session, task, part, on_bytes):
             part.reset()
             raise CheckError("%s: the service has no bytes after those here; beginning again"
                              % os.path.basename(task.path)) from error
-        finally:
-            part.flush()
 
 
 def range_headers(task, part):
@@ -2985,38 +2941,34 @@ def range_headers(task, part):
     return headers
 
 
-def store(response, body, task, part, on_bytes, session):
-    """Write a body into the part where it belongs."""
-    first = b""
+def begin(response, body, task, part):
+    """Return the chunks of a body that may be written to the part, which is ready for them."""
+    name, first = os.path.basename(task.path), b""
     for data in body:           # a slow line brings a few bytes at a time
         first += data
         if len(first) >= HEAD:
             break
     etag = response.headers.get("ETag", "")
     if response.status == 206:
-        begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        if (not part.count or not begin or int(begin.group(1)) != part.count
-                or part.etag not in (None, etag)):
+        start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        if not (part.count and start and int(start.group(1)) == part.count
+                and part.etag in (None, etag)):
             part.reset()
             raise CheckError("%s: the service sent another range, or of another file, than asked; "
-                             "beginning again" % os.path.basename(task.path))
+                             "beginning again" % name)
     else:
         chunked = response.headers.get("Transfer-Encoding")
         if body_length(response) is None and not (chunked or task.size or task.md5):
             raise CheckError("%s: neither service nor catalogue tells how long it is; it can't be "
-                             "checked" % os.path.basename(task.path), temporary=False)
-        wrong = is_page(first[:HEAD], task.path)
+                             "checked" % name, temporary=False)
+        wrong = is_page(first[:HEAD], name)
         if wrong:
-            raise CheckError("%s: the service sent %s%s" % (
-                os.path.basename(task.path), wrong,
-                ": " + service_message(first) if b"\0" not in first[:4096] else ""))
+            said = service_message(first) if b"\0" not in first[:4096] else ""
+            raise CheckError(": ".join(filter(None, (name, "the service sent " + wrong, said))))
         if part.count:
             part.reset()
     part.etag = etag if etag.startswith('"') else None      # only a strong one names the bytes
-    for data in itertools.chain([first], body):
-        part.write(data)
-        on_bytes(len(data))
-        session.check_stop()
+    return itertools.chain([first], body)
 
 
 def verify(task, part):
@@ -3026,22 +2978,21 @@ def verify(task, part):
     what the catalogue describes.  A zip of which nothing is known, such as that of a directory
     product, is tested by the checksums in it.
     """
-    name = os.path.basename(task.path)
+    name, known = os.path.basename(task.path), task.size or task.md5
     if part.head.startswith(b"PK\x03\x04"):
-        part.flush()
-        if name.endswith(".nc") and (mismatch(task, part) or not (task.size or task.md5)):
+        if name.endswith(".nc") and (mismatch(task, part) or not known):
             unpack(part, name)
-        elif not task.size and not task.md5:
+        elif not known:
             return check_zip(part, name)
     wrong = is_page(part.head[:HEAD], name) or mismatch(task, part)
     if wrong:
-        body = (part.count, part.digest())
-        part.wrong_bodies[body] = part.wrong_bodies.get(body, 0) + 1
-        again = part.wrong_bodies[body] < SAME_BODY
+        body = part.count, part.digest()
+        part.wrong_bodies.append(body)
         part.reset()
-        raise CheckError("%s: %s%s" % (name, wrong, "" if again else (
-            "; it came like that %d times, so the catalogue and the file do not agree"
-            % SAME_BODY)), again)
+        if part.wrong_bodies.count(body) < 3:
+            raise CheckError("%s: %s" % (name, wrong))
+        raise CheckError("%s: %s; it came like that 3 times, so the catalogue and the file do not "
+                         "agree" % (name, wrong), temporary=False)
     if task.md5 and part.md5:
         return "verified"
     return "size only" if task.size else "unverified"
@@ -3095,58 +3046,39 @@ def unpack(part, name):
         discard(whole)
 
 
-def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None, patient=True):
+def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None):
     """Bring one file to task.path and return its Outcome: complete and checked, or an error.
 
     Size and MD5 that the task lacks are asked of the catalogue, once.  A file of the right size
-    that is there already is not fetched.  Where another process is fetching it, waits for that, or
-    raises Busy if not patient.  Raises DataSpaceError; then nothing is at task.path that was not
-    there before.
+    that is there already is not fetched, nor one that another process brings meanwhile.  Raises
+    DataSpaceError; then nothing is at task.path that was not there before.
     """
-    began = session.clock()
+    began, name = session.clock(), os.path.basename(task.path)
     task = described(task, session, retry)
-    name = os.path.basename(task.path)
     make_directories(os.path.dirname(task.path), dmode)
-    part = None
-    while part is None:
-        if is_present(task):
-            return Outcome(name, "present")
-        part = claim(task)
-        if part is None and not patient:
-            raise Busy(task)
-        if part is None:
-            session.sleep(POLL * (1 + random.random()))
-    if is_present(task):                # put there since, by another process
-        part.leave()
+    part = claim(task, session)
+    if part is None:
         return Outcome(name, "present")
-    state, came = complete(task, part, session, retry, on_bytes)
-    return Outcome(name, state, came, session.clock() - began)
-
-
-def complete(task, part, session, retry, on_bytes):
-    """Fill the part, check it and put it in its place; return its state and the bytes that came."""
-    came = []
-
-    def attempt():
-        if not os.path.exists(part.path):       # taken over while this process waited
-            if is_present(task):
-                return "present"
-            part.reset()
-        if not task.size or part.count != task.size:
-            receive(session, task, part, lambda count: (came.append(count), on_bytes(count)))
-        state = verify(task, part)
-        part.finish()
-        if not os.path.exists(part.path):
-            raise CheckError("%s: another process took over what had come"
-                             % os.path.basename(task.path))
-        with file_errors(task.path):
-            os.replace(part.path, task.path)
-        return state
-
     try:
-        return session.retrying(os.path.basename(task.path), attempt, retry), sum(came)
+        state = session.retrying(name, lambda: complete(task, part, session, on_bytes), retry)
     finally:
         part.leave()
+    return Outcome(name, state, part.came, session.clock() - began)
+
+
+def complete(task, part, session, on_bytes):
+    """Fill the part, check it and put it in its place; return how it was checked.  One try."""
+    if not os.path.exists(part.path):       # taken over while this process waited
+        if is_present(task):
+            return "present"
+        part.reset()
+    if not task.size or part.count != task.size:
+        receive(session, task, part, on_bytes)
+    state = verify(task, part)
+    part.close()
+    with file_errors(task.path):
+        os.replace(part.path, task.path)
+    return state
 
 
 def is_present(task):
@@ -3161,37 +3093,29 @@ def described(task, session, retry=None):
     """Return the task with today's href, and the size and MD5 that the catalogue knows."""
     task = task._replace(href=mend_href(task.href))
     by_name = task.href.startswith("s3://")
-    product_id = href_id(task.href)
-    if not by_name and (not product_id or (task.size and task.md5)):
+    if task.size and task.md5 and not by_name:
         return task
-    base = catalogue_of(task.href)
+    product = looked_up(task.href, session, retry)
+    if by_name and product is None:
+        raise CatalogueError("%s: the catalogue has no product of that name" % task.href)
     if by_name:
-        name = task.href.rstrip("/").rpartition("/")[2]
-        url = url_with(base + "/Products", **{"$filter": "Name eq '%s'" % name.replace("'", "''")})
-    else:
-        url = "%s/Products(%s)" % (base, product_id)
-    product = looked_up(url, session, retry)
-    if product is None:
-        if by_name:
-            raise CatalogueError("%s: the catalogue has no product of that name" % task.href)
-        return task
-    if by_name:
-        task = task._replace(href="https://download.%s/odata/v1/Products(%s)/$value"
-                             % (DOMAIN, product.product_id))
-    if is_directory_product(product.filename):      # told is of its files, not of the zip to come
-        return task
+        task = task._replace(href=DOWNLOAD_URL.replace("{product_id}", product.product_id))
+    if product is None or is_directory_product(product.filename):
+        return task                 # what is told of a directory is of its files, not of the zip
     return task._replace(size=task.size or product.size, md5=task.md5 or product.md5)
 
 
-def catalogue_of(href):
-    """Return the OData base that describes a download url: the catalogue's for the Data Space."""
-    if href.startswith("s3:") or is_data_space(host_of(href)):
-        return CATALOGUE_URL + "/odata/v1"
-    return href.partition("/Products(")[0]
-
-
-def looked_up(url, session, retry=None):
-    """Return the Product that the catalogue describes at a url, None where it has none."""
+def looked_up(href, session, retry=None):
+    """Return the Product that the catalogue describes for a href, None where it has none."""
+    base = CATALOGUE_URL + "/odata/v1"
+    if href.startswith("s3://"):
+        name = href.rstrip("/").rpartition("/")[2].replace("'", "''")
+        url = url_with(base + "/Products", **{"$filter": "Name eq '%s'" % name})
+    elif href_id(href):
+        base = base if is_data_space(host_of(href)) else href.partition("/Products(")[0]
+        url = "%s/Products(%s)" % (base, href_id(href))
+    else:
+        return None
     try:
         page = session.read_json(Request(url), retry)
         found = page["value"] if isinstance(page.get("value"), list) else [page]
@@ -3199,10 +3123,9 @@ def looked_up(url, session, retry=None):
     except HttpError as error:
         if error.temporary or error.status not in (400, 404, 422):
             raise
-        return None
     except (KeyError, TypeError, ValueError) as error:
         log.debug("%s: no description of a product (%s)", shown(url), error)
-        return None
+    return None
 
 
 def check_space(tasks):
@@ -3212,7 +3135,7 @@ def check_space(tasks):
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FileError("%s: %s free, but the files need %s; free some space, or choose another "
-                        "folder" % (folder, bytes_text(free), bytes_text(needed)), full=True)
+                        "folder" % (folder, bytes_text(free), bytes_text(needed)), fatal=True)
 
 
 def existing_directory(path):
@@ -3237,56 +3160,36 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
     A file that fails is an Outcome too; a full disk, a refused login or a stop ends the whole with
     its error.  `idle` is called about ten times a second.  Closing the generator stops the run.
     """
-    tasks = list(tasks)
+    tasks, done = list(tasks), queue.Queue()
     check_space(tasks)
     if new_md5() is None:
         log.warning("this system refuses MD5 (FIPS); files are checked by their size only")
-    waiting, done = collections.deque(tasks), queue.Queue()
+    waiting = iter(tasks)               # each thread takes its next task from it
 
-    def job(task):
-        return fetch(task, session, None, dmode, on_bytes, len(waiting) < session.connections)
+    def work():
+        for task in waiting:
+            try:
+                done.put(fetch(task, session, None, dmode, on_bytes))
+            except Exception as error:          # even a fault of this file must not hang the run
+                done.put(error if getattr(error, "fatal", True) else Outcome(
+                    os.path.basename(task.path), "failed", message=str(error)))
 
     # Daemon threads: one that hangs in a system call does not keep the program from ending.
     for _ in range(min(session.connections, len(tasks))):
-        threading.Thread(target=work, args=(waiting, done, job, session), daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
     try:
         left = len(tasks)
         while left:
             idle()
-            try:
+            with contextlib.suppress(queue.Empty):
                 outcome = done.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if isinstance(outcome, Exception):
-                raise outcome
-            left -= 1
-            yield outcome
+                if isinstance(outcome, Exception):
+                    raise outcome
+                left -= 1
+                yield outcome
     except BaseException:
-        waiting.clear()
         session.stop()
         raise
-
-
-def work(waiting, done, job, session):
-    """Put the outcome of each waiting task into `done`; an error that ends the run, as itself."""
-    while True:
-        try:
-            task = waiting.popleft()
-        except IndexError:
-            return
-        try:
-            try:
-                done.put(job(task))
-            except Busy as busy:
-                waiting.append(busy.task)
-                session.sleep(POLL / 10)
-        except Exception as error:              # even a fault of this file must not hang the run
-            if isinstance(error, (Stopped, LoginError)) or getattr(error, "full", False) or (
-                    not isinstance(error, DataSpaceError)):
-                waiting.clear()
-                done.put(error)
-            else:
-                done.put(Outcome(os.path.basename(task.path), "failed", message=str(error)))
 
 
 ################ Workflows ################
@@ -3296,7 +3199,6 @@ SETTINGS = (
     "selection best download_url output.file output.columns output.geojson dmode download.dir "
     "download.connections download.maxtry download.nsec_wait download.nsec_wait_max timeout "
     "trusted_hosts token_url").split()
-DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
 STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
 REQUIRED = object()
 
@@ -3992,12 +3894,10 @@ def rows_of(source, session):
     if not re.match(r"(https?|s3)://", source):
         return read_table(source)
     href = mend_href(source)
-    if href.startswith("s3://"):
-        return [Row(*[""] * 6, filename=href.rstrip("/").rpartition("/")[2], href=href)]
-    product = looked_up("%s/Products(%s)" % (catalogue_of(href), href_id(href)), session)
+    product = looked_up(href, session)
     if product is None:
         raise CatalogueError("%s: the catalogue has no such product; is the href right?" % source)
-    return [row_of(product, href)]
+    return [row_of(product, DOWNLOAD_URL if href.startswith("s3://") else href)]
 
 
 def show_plan(tasks):

@@ -5183,26 +5183,6 @@ class HttpTest(DownloadCase):
                     cso.fetch(cso.Task(href, self.path("x.nc")), self.session(space))
                 self.assertEqual((self.files(), self.waits), ([], []))
 
-    def test_stop_ends_a_request_that_hangs(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "stall-body at=9000")
-            session, ended = self.session(space), []
-
-            def run():
-                try:
-                    cso.fetch(self.known(space, ORBITS[0]), session)
-                except cso.DataSpaceError as error:
-                    ended.append(error)
-            thread = threading.Thread(target=run, daemon=True)
-            thread.start()
-            while not space.count("value"):
-                thread.join(0.01)
-            session.stop()
-            thread.join(10)
-            self.assertFalse(thread.is_alive())
-            self.assertEqual(len(ended), 1)
-            self.assertEqual(space.count("value"), 1)
-
     def test_a_body_that_begins_well_and_then_crawls_counts_as_a_stall(self):
         now, pieces = [0.0], iter([b"x" * 10 ** 6] + [b"x"] * 50)
 
@@ -5493,25 +5473,22 @@ class TokenTest(DownloadCase):
             self.assertRight(space, *space.records[:4])
             self.assertEqual((space.logins, space.refreshes), (1, 1))
 
-    def test_a_token_that_came_just_before_the_claim_is_taken(self):
-        with DataSpace(ORBITS) as space:
-            others, claim = [self.cached(space)], cso.TokenCache.may_login
+    def test_the_login_of_another_process_is_waited_for(self):
+        """Its claim lies there until it has a token, or is as old as one of a dead process."""
+        for other_logs_in, age, logins in ((True, 0, 1), (False, 0, 1), (False, 3600, 1)):
+            with self.subTest((other_logs_in, age)), DataSpace(ORBITS) as space:
+                self.new_folder()
+                claim, other = self.write("token.login", ""), self.cached(space)
+                os.utime(claim, (time.time() - age,) * 2)
 
-            def late(cache):
-                while others:
-                    others.pop().token.get()
-                return claim(cache)
-            with mock.patch.object(cso.TokenCache, "may_login", late):
-                self.cached(space).token.get()
-            self.assertEqual(space.logins, 1)
-
-    def test_a_claim_is_dead_after_a_minute(self):
-        now = [time.time()]
-        cache = cso.TokenCache(self.path("token"), "account", lambda: now[0])
-        self.assertTrue(cache.may_login())
-        for seconds, may in ((50, False), (70, True)):
-            now[0] = os.stat(cache.claim).st_mtime + seconds
-            self.assertEqual(cache.may_login(), may)
+                def meanwhile(seconds):
+                    self.assertTrue(os.path.exists(claim))
+                    if age == 0:
+                        os.unlink(claim)
+                    if other_logs_in:
+                        other.token.get()
+                self.cached(space, sleep=meanwhile).token.get()
+                self.assertEqual((space.logins, self.files()), (logins, ["token"]))
 
     def test_a_cache_that_does_not_serve(self):
         """A token that was revoked meanwhile, or what is none, is replaced by another."""
@@ -6009,7 +5986,7 @@ class DownloadTest(DownloadCase):
                 tasks = [self.known(space, record) for record in space.records]
                 with self.full_disk(250000, number), self.assertRaises(cso.FileError) as caught:
                     list(cso.download(tasks, self.session(space, connections=1)))
-                self.assertTrue(caught.exception.full)
+                self.assertTrue(caught.exception.fatal)
                 self.assertRight(space, *space.records[:2])
                 self.assertLessEqual(space.count("value"), 4)
                 self.assertEqual(self.waits, [])
@@ -6025,7 +6002,7 @@ class DownloadTest(DownloadCase):
             with mock.patch.object(shutil, "disk_usage", lambda path: usage), \
                     self.assertRaises(cso.FileError) as caught:
                 list(cso.download(tasks, self.session(space)))
-            self.assertTrue(caught.exception.full)
+            self.assertTrue(caught.exception.fatal)
             self.assertEqual((space.requests, self.files()), ([], []))
             self.write(ORBITS[0].name, "x" * 20000)
             with mock.patch.object(shutil, "disk_usage", lambda path: usage):
@@ -6117,30 +6094,16 @@ class DownloadTest(DownloadCase):
             self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=8000-")
 
     def test_a_file_that_came_just_before_the_claim_is_not_fetched(self):
-        claim = cso.claim
+        look = cso.parts_beside
         with DataSpace(ORBITS) as space:
-            def late(task):
-                with open(task.path, "wb") as out:
+            def late(target):
+                with open(target, "wb") as out:
                     out.write(space.body(ORBITS[0]))
-                return claim(task)
-            with mock.patch.object(cso, "claim", late):
+                return look(target)
+            with mock.patch.object(cso, "parts_beside", late):
                 outcome = cso.fetch(self.known(space, ORBITS[0]), self.session(space))
             self.assertEqual((outcome.state, space.count("value")), ("present", 0))
             self.assertNothingElse(ORBITS[0])
-
-    def test_a_file_that_another_process_fetches_comes_last(self):
-        with DataSpace(ORBITS) as space:
-            part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
-
-            def other_goes_on(seconds):
-                if os.path.exists(part):
-                    with open(self.path(ORBITS[0].name), "wb") as out:
-                        out.write(space.body(ORBITS[0]))
-                    os.unlink(part)
-            names = [outcome.filename for outcome in cso.download(
-                [self.known(space, record) for record in ORBITS],
-                self.session(space, connections=1, sleep=other_goes_on))]
-            self.assertEqual(names, [ORBITS[k].name for k in (1, 2, 0)])
 
     def test_a_spoilt_part_does_no_harm(self):
         for spoilt in (b"", b"x" * 8000, b"x" * 20000, b"x" * 30000):
