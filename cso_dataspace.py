@@ -3171,8 +3171,10 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
             try:
                 done.put(fetch(task, session, None, dmode, on_bytes))
             except Exception as error:          # even a fault of this file must not hang the run
-                done.put(error if getattr(error, "fatal", True) else Outcome(
-                    os.path.basename(task.path), "failed", message=str(error)))
+                if getattr(error, "fatal", True):
+                    done.put(error)
+                    return session.stop()
+                done.put(Outcome(os.path.basename(task.path), "failed", message=str(error)))
 
     # Daemon threads: one that hangs in a system call does not keep the program from ending.
     for _ in range(min(session.connections, len(tasks))):
