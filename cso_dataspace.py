@@ -213,6 +213,7 @@ def directory_mode(dmode):
     """Return the mode meant by 0o775, 777, "777" or "0o775"; None for None or empty.
 
     A mode that shuts out the owner is never meant, so such a number is digits read as octal.
+    Raises ValueError.
     """
     if dmode is None or dmode == "":
         return None
@@ -221,8 +222,7 @@ def directory_mode(dmode):
     except ValueError:
         mode = -1
     if not 0 <= mode <= 0o7777:
-        raise SettingsError("dmode: %r is no mode of a directory; expected octal digits such as "
-                            "0o775" % (dmode,))
+        raise ValueError("is no mode of a directory; expected octal digits such as 0o775")
     return mode
 
 
@@ -812,14 +812,14 @@ class Box(NamedTuple):
         try:
             box = cls(*(float(number) for number in text.split(",")))
         except (TypeError, ValueError):
-            raise ValueError("four numbers expected: west,south,east,north in degrees") from None
+            raise ValueError("is no area; expected west,south,east,north in degrees") from None
         if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
-            raise ValueError("west and east must be within -360 and 360 degrees")
+            raise ValueError("is no area; expected west and east within -360 and 360 degrees")
         if not -90 <= box.south <= box.north <= 90:
-            raise ValueError("south,north must be -90 <= south <= north <= 90 (the order is "
-                             "west,south,east,north)")
+            raise ValueError("is no area; expected west,south,east,north with -90 <= south <= north "
+                             "<= 90")
         if abs(box.east - box.west) > 360:
-            raise ValueError("an area is at most 360 degrees wide")
+            raise ValueError("is no area; expected one at most 360 degrees wide")
         return box
 
 
@@ -2697,15 +2697,16 @@ def checked_row(header, fields):
     return row._replace(md5=md5_text(row.md5))
 
 
-def write_geojson(pairs, path, dmode=None):
-    """Write the pairs of Row and geometry, a JSON text, as a FeatureCollection of RFC 7946."""
+def write_geojson(rows, geometries, path, dmode=None):
+    """Write a FeatureCollection of RFC 7946; geometries are JSON texts by product id."""
     make_directories(os.path.dirname(path), dmode)
     with replacing(path) as out:
         out.write('{"type": "FeatureCollection", "features": [')
-        for number, (row, geometry) in enumerate(pairs):
+        for number, row in enumerate(rows):
             feature = json.dumps({"type": "Feature", "id": row.product_id,
                                   "properties": row._asdict()})
-            out.write('%s%s, "geometry": %s}' % (",\n" if number else "", feature[:-1], geometry))
+            out.write('%s%s, "geometry": %s}' % (",\n" if number else "", feature[:-1],
+                                                 geometries[row.product_id]))
         out.write("]}\n")
 
 
@@ -3196,13 +3197,109 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
 
 ################ Workflows ################
 
-SETTINGS = (
-    "timerange.start timerange.end url api collection producttype area area.minimum area.filter "
-    "selection best download_url output.file output.columns output.geojson dmode download.dir "
-    "download.connections download.maxtry download.nsec_wait download.nsec_wait_max timeout "
-    "trusted_hosts token_url").split()
-STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
+def one_of(*choices):
+    """Return a reader that takes these texts only.  Readers raise ValueError for a wrong text."""
+    def reader(text):
+        if text not in choices:
+            raise ValueError("is unknown; expected " + " or ".join(choices))
+        return text
+    return reader
+
+
+def of_type(totype, low=None, high=math.inf):
+    """Return a reader of a type of converted(), such as "int", within a range."""
+    def reader(text):
+        value = converted(text, totype)
+        if low is not None and not low <= value <= high:
+            raise ValueError("is out of range; expected %s" % (
+                "%g to %g" % (low, high) if high < math.inf else "%g or more" % low))
+        return value
+    return reader
+
+
+def catalogue_url(text):
+    if not re.match(r"https?://[^/\s@]+(/|$)", text):
+        raise ValueError("is no url; expected https://HOST/... and no password in it")
+    return text
+
+
+def known_collection(text):
+    """Return the collection in the catalogue's spelling; both spellings are taken."""
+    name = mission(text)
+    meant = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
+    if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
+        known = (meant or ["SENTINEL-5P"])[0]
+        raise ValueError("is unknown; expected %s or %s" % (
+            known.replace("SENTINEL-", "Sentinel"), known))
+    return name
+
+
+def href_template(text):
+    if "{product_id}" not in text:
+        raise ValueError("has no {product_id} in it")
+    return text
+
+
+def check_columns(names):
+    unknown = [name for name in names if name not in Row._fields]
+    if unknown:
+        raise ValueError("has no column %s; expected %s" % (
+            " ".join(unknown), " ".join(Row._fields)))
+
+
+def column_names(text):
+    columns = tuple(re.split(r"[\s,;]+", text))
+    check_columns(columns)
+    return columns
+
+
+def folder_template(text):
+    check_columns(re.findall(r"%\{(\w+)\}", text))
+    return text
+
+
+def row_condition(text):
+    """Return the tree of a condition on columns, written %{orbit} with or without quotes."""
+    return parse_expression(re.sub(r"""(["']?)%\{(\w+)\}\1""", r"\2", text))
+
+
+def host_names(text):
+    hosts = text.replace(",", " ").split()
+    if not all(re.match(r"[\w.-]+\Z", host) for host in hosts):
+        raise ValueError("is no list of hosts; expected names such as zipper.creodias.eu")
+    return hosts
+
+
 REQUIRED = object()
+SECONDS = of_type("float", 0, 1e6)
+
+SETTINGS = {        # of an inquiry, after its base: (reader of the text, default)
+    "timerange.start": (of_type("datetime"), REQUIRED),
+    "timerange.end": (of_type("datetime"), REQUIRED),
+    "url": (catalogue_url, REQUIRED),
+    "api": (one_of("auto", *ADAPTERS), "auto"),
+    "collection": (known_collection, REQUIRED),
+    "producttype": (str, ""),
+    "area": (Box.from_text, None),
+    "area.minimum": (of_type("float", 0, 100), 0.0),
+    "area.filter": (one_of("local", "server"), ""),
+    "selection": (row_condition, None),
+    "best": (of_type("bool"), False),
+    "download_url": (href_template, DOWNLOAD_URL),
+    "output.file": (str, REQUIRED),
+    "output.columns": (column_names, COLUMNS),
+    "output.geojson": (str, ""),
+    "dmode": (directory_mode, None),
+    "download.dir": (folder_template, REQUIRED),
+    "download.connections": (of_type("int", 1, 20), 4),
+    "download.maxtry": (of_type("int", 1), 10),
+    "download.nsec_wait": (SECONDS, 5.0),
+    "download.nsec_wait_max": (SECONDS, 600.0),
+    "timeout": (of_type("float", 0.01, 1e6), 60.0),
+    "trusted_hosts": (host_names, []),
+    "token_url": (str, None),
+}
+STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
 
 
 class Options:
@@ -3211,33 +3308,27 @@ class Options:
     def __init__(self, settings, rcbase=""):
         self.settings, self.rcbase = settings, rcbase
 
-    def get(self, name, totype="str", default=REQUIRED):
+    def get(self, name, required=False):
         """Return the value of a setting, its default where it is absent or empty."""
+        reader, default = SETTINGS[name]
         key = self.settings.find(self.rcbase, name)
-        if key is not None and (default is REQUIRED or self.settings.get(key, "str").strip()):
-            return self.settings.get(key, totype)
-        if default is REQUIRED:
+        text = self.settings.get(key, "str") if key else ""
+        try:
+            if text.strip():
+                return reader(text)
+        except ValueError as error:
+            raise self.wrong(name, error) from None
+        if required or default is REQUIRED:
             raise SettingsError("%s: this setting is missing; expected a line '%s : ...'" % (
-                name, candidates(self.rcbase, name)[0]), self.settings.filename)
+                name, candidates(self.rcbase, name)[0]), self.settings.place(key))
         return default
 
     def wrong(self, name, message):
-        """Return the error for a setting, with its place."""
-        place = self.settings.place(self.settings.find(self.rcbase, name))
-        return SettingsError("%s: %s" % (name, message), place)
-
-    def choice(self, name, choices, default):
-        value = self.get(name, default=default)
-        if value not in choices:
-            raise self.wrong(name, "%r is unknown; expected %s" % (value, " or ".join(choices)))
-        return value
-
-    def number(self, name, totype, default, low, high=math.inf):
-        value = self.get(name, totype, default)
-        if not low <= value <= high:
-            raise self.wrong(name, "%s is out of range; expected %s" % (
-                value, "%g to %g" % (low, high) if high < math.inf else "%g or more" % low))
-        return value
+        """Return the error for a setting, with its place and its value, but no password in it."""
+        key = self.settings.find(self.rcbase, name)
+        text = self.settings.get(key, "str", "") if key else ""
+        return SettingsError("%s: %.200r %s" % (name, re.sub(r"\S*@", "...@", text), message),
+                             self.settings.place(key))
 
     def warn_of_misspelt(self):
         prefix = self.rcbase + "." if self.rcbase else ""
@@ -3251,141 +3342,99 @@ class Options:
 
 def query_of(options):
     """Return the Query that the settings ask for; raise SettingsError with the place."""
-    start, end = (options.get("timerange." + name, "datetime") for name in ("start", "end"))
+    start, end, url, api, collection, box = map(options.get, (
+        "timerange.start", "timerange.end", "url", "api", "collection", "area"))
     if end < start:
-        raise options.wrong("timerange.end", "%s is before timerange.start, %s" % (end, start))
+        raise options.wrong("timerange.end", "is before timerange.start, %s" % start)
     if not 1900 <= start.year <= end.year <= 9000:
-        raise options.wrong("timerange.start", "expected years from 1900 to 9000")
-    url = options.get("url")
-    if not re.match(r"https?://[^/\s@]+(/|$)", url):
-        raise options.wrong("url", "%s is no url; expected https://HOST/... and no password in it"
-                            % shown(url))
-    api = options.choice("api", ["auto"] + list(ADAPTERS), "auto")
+        raise options.wrong("timerange.start", "is no year of a satellite; expected 1900 to 9000")
     try:
         api_of(url) if api == "auto" else None
-        box = Box.from_text(options.get("area", default=""))
     except ValueError as error:
-        name = "url" if "service" in str(error) else "area"
-        raise options.wrong(name, "%s" % error) from None
-    collection = known_collection(options)
-    producttype = known_producttype(options, collection)
-    kind = "local" if collection == "SENTINEL-5P" else "server"
-    server = options.choice("area.filter", ["local", "server"], kind) == "server"
+        raise options.wrong("url", error) from None
+    producttype = options.get("producttype", required=collection == "SENTINEL-5P")
+    if collection == "SENTINEL-5P" and len(producttype) != 10:
+        raise options.wrong("producttype", "has %d characters, a Sentinel-5P type has 10; is %s "
+                            "meant?" % (len(producttype), meant_type(producttype)))
+    usual = "local" if collection == "SENTINEL-5P" else "server"
+    server = (options.get("area.filter") or usual) == "server"
     drawn = has_footprint(collection, producttype)
-    needed = drawn and box is not None or bool(options.get("output.geojson", default=""))
+    needed = drawn and box is not None or bool(options.get("output.geojson"))
     return Query(url, collection, producttype, start, end, box, api, server and drawn, needed)
 
 
-def known_collection(options):
-    """Return the collection in the catalogue's spelling; both spellings are taken."""
-    collection = options.get("collection")
-    name = mission(collection)
-    meant = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
-    if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
-        raise options.wrong("collection", "%r is unknown; expected %s" % (
-            collection, " or ".join([meant[0].replace("SENTINEL-", "Sentinel"), meant[0]])
-            if meant else "a name such as Sentinel5P"))
-    return name
-
-
-def known_producttype(options, collection):
-    """Return the product type; one of Sentinel-5P has exactly 10 characters."""
-    if collection != "SENTINEL-5P":
-        return options.get("producttype", default="")
-    producttype = options.get("producttype")
-    if len(producttype) != 10:
-        raise options.wrong("producttype", "%r has %d characters, a Sentinel-5P type has 10; %s"
-                            % (producttype, len(producttype), meant_type(producttype)))
-    return producttype
-
-
 def meant_type(text):
-    """Return a phrase that names the product type meant by a short or padded one, NO2 or L2__NO2.
-
-    Among several the ones with the same species are named.
-    """
+    """Return the product types that a short or padded name may mean, such as NO2 or L2__NO2."""
     bare = re.sub(r"^L2_+", "", text.upper()).strip("_")
     found = [known for known in S5P_PRODUCTTYPES if known.upper() == text.upper()
              or known[4:].strip("_") == bare]
     if not found:
         found = difflib.get_close_matches(text.upper().ljust(10, "_"), S5P_PRODUCTTYPES, 3)
-    return "is %s meant?" % " or ".join(found or ["a type such as L2__NO2___"])
+    return " or ".join(found or ["a type such as L2__NO2___"])
 
 
-class Tally(collections.Counter):
-    """Counts, by reason, what was dropped; `name: 8 kept, 6 dropped (6 outside)` in the log."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.name, self.kept, self.unknown = name, 0, 0
-
-    def __str__(self):
-        reasons = ", ".join("%d %s" % (count, reason) for reason, count in self.items())
-        return "%s: %d kept, %d dropped%s%s" % (
-            self.name, self.kept, sum(self.values()), " (%s)" % reasons if reasons else "",
-            "; %d of them without a readable footprint" % self.unknown if self.unknown else "")
+def sieve(items, name, reason, level=logging.INFO):
+    """Yield the items for which reason(item) is empty; log how many, and why not the others."""
+    kept, dropped = 0, collections.Counter()
+    for item in items:
+        why = reason(item)
+        if why:
+            dropped[why] += 1
+        else:
+            kept += 1
+            yield item
+    reasons = ", ".join("%d %s" % (count, why) for why, count in dropped.items())
+    log.log(level, "%s: %d kept, %d dropped%s", name, kept, sum(dropped.values()),
+            reasons and " (%s)" % reasons)
 
 
 def in_period(products, query):
     """Yield the products measured within the period, ends included; one rule for all services."""
-    tally = Tally("period")
-    for product in products:
-        if product.start <= query.end and product.end >= query.start:
-            tally.kept += 1
-            yield product
-        else:
-            tally["measured before or after"] += 1
-    log.debug("%s", tally)
+    return sieve(products, "period", lambda product: (
+        "" if product.start <= query.end and product.end >= query.start else
+        "measured before or after"), logging.DEBUG)
 
 
 def in_area(products, query, minimum):
     """Yield (product, covered fraction of the area or None) for those that overlap the area."""
-    tally = Tally("area")
-    tested = query.box is not None and has_footprint(query.collection, query.producttype)
-    for product in products:
-        fraction = None
-        if tested:
-            overlaps, fraction = box_overlap(product.geometry, list(query.box))
-            if fraction is None:
-                tally.unknown += 1
-            elif not overlaps:
-                tally["outside"] += 1
-                continue
-            elif 100 * fraction < minimum:
-                tally["cover less than area.minimum, %g per cent" % minimum] += 1
-                continue
-        tally.kept += 1
-        yield product, fraction
-    if tested:
-        log.log(logging.WARNING if tally.unknown else logging.INFO, "%s", tally)
+    if query.box is None or not has_footprint(query.collection, query.producttype):
+        return ((product, None) for product in products)
+
+    def covered():
+        count = unknown = 0
+        for count, product in enumerate(products, 1):
+            overlaps, fraction = box_overlap(product.geometry, query.box)
+            unknown += fraction is None
+            yield product, fraction if overlaps else -1
+        if unknown:
+            log.warning("footprints: %d of %d are missing or can't be read; these products count "
+                        "as overlapping", unknown, count)
+
+    def reason(found):
+        if found[1] is None or 100 * found[1] >= minimum:
+            return ""
+        return "outside" if found[1] < 0 else (
+            "cover less than area.minimum, %g per cent" % minimum)
+
+    return sieve(covered(), "area", reason)
 
 
 def selected(rows, options):
-    """Yield the (row, geometry) pairs whose row meets the condition `selection`."""
-    text = options.get("selection", default="")
-    if not text:
-        yield from rows
-        return
-    try:
-        condition = parse_expression(re.sub(r"""(["']?)%\{(\w+)\}\1""", r"\2", text))
-    except ValueError as error:
-        raise options.wrong("selection", str(error)) from None
-    tally = Tally("selection")
-    for row, geometry in rows:
+    """Yield the rows that meet the condition `selection`."""
+    condition = options.get("selection")
+
+    def reason(row):
         try:
             keep = evaluate(condition, row._asdict())
         except ValueError as error:
-            raise options.wrong("selection", "%s; columns are %s, written %%{orbit}" % (
+            raise options.wrong("selection", "fails: %s; columns are %s, written %%{orbit}" % (
                 error, " ".join(Row._fields))) from None
         if not isinstance(keep, bool):
-            raise options.wrong("selection", "%r is a value, not a condition; note that != is "
+            raise options.wrong("selection", "gives %r, which is no condition; note that != is "
                                 "written \\!= in a settings file" % (keep,))
-        if keep:
-            tally.kept += 1
-            yield row, geometry
-        else:
-            tally["not " + text] += 1
-    log.info("%s", tally)
+        return "" if keep else "not selected"
+
+    return sieve(rows, "selection", reason) if condition else rows
 
 
 def best_rows(rows):
@@ -3394,91 +3443,55 @@ def best_rows(rows):
     RPRO over OFFL over NRTI, then the highest collection, processor version, production time: the
     rule of CSO's own tables.  Rows without an orbit in their name are all kept.
     """
+    taken = set()
+
     def merit(row):
         return (STREAM_RANK.get(row.processing, 0), row.collection, row.processor_version,
                 parse_name(row.filename).get("production", ""))
 
-    whole, granules, kept = {}, {}, []
-    for row in rows:
-        orbit = (row.producttype, parse_name(row.filename).get("orbit", ""))
-        if not orbit[1]:
-            kept.append(row)
-            continue
-        nrti = row.processing == "NRTI"
-        group, key = (granules, orbit + (row.start_time,)) if nrti else (whole, orbit)
-        if key not in group or merit(row) > merit(group[key]):
-            group[key] = row
-    kept += whole.values()
-    kept += [row for key, row in granules.items() if key[:2] not in whole]
-    tally, chosen = Tally("best"), set(kept)
-    for row in rows:
-        if row in chosen:
-            tally.kept += 1
-        else:
-            tally[" ".join(filter(None, (row.processing, row.collection,
-                                         row.processor_version)))] += 1
+    def reason(row):
+        orbit = row.producttype, parse_name(row.filename).get("orbit", "")
+        granule = orbit + (row.start_time,) if row.processing == "NRTI" else orbit
+        if orbit[1] and (orbit in taken or granule in taken):
             log.debug("best: dropped %s", row.filename)
-    log.info("%s", tally)
-    return kept
+            return " ".join(filter(None, (row.processing, row.collection, row.processor_version)))
+        taken.add(granule)
+        return ""
+
+    return list(sieve(sorted(rows, key=merit, reverse=True), "best", reason))
 
 
 def session_of(options):
     """Return the Session that the settings ask for."""
-    retry = Retry(options.number("download.maxtry", "int", 10, 1),
-                  options.number("download.nsec_wait", "float", 5.0, 0, 1e6),
-                  options.number("download.nsec_wait_max", "float", 600.0, 0, 1e6))
-    trusted = options.get("trusted_hosts", default="").replace(",", " ").split()
-    if not all(re.match(r"[\w.-]+\Z", host) for host in trusted):
-        raise options.wrong("trusted_hosts", "expected names of hosts, such as zipper.creodias.eu")
-    return Session(options.number("timeout", "float", 60.0, 0.01, 1e6), retry, trusted,
-                   options.get("token_url", default=None),
-                   options.number("download.connections", "int", 4, 1, 20))
+    retry = Retry(*map(options.get, (
+        "download.maxtry", "download.nsec_wait", "download.nsec_wait_max")))
+    timeout, trusted, token_url, connections = map(options.get, (
+        "timeout", "trusted_hosts", "token_url", "download.connections"))
+    return Session(timeout, retry, trusted, token_url, connections)
 
 
 def list_rows(options, session):
-    """Return the rows of an inquiry, newest first, and a dict of all rows and their geometries.
+    """Return the rows of an inquiry, newest first, and their geometries: {product_id: JSON text}.
 
-    These are JSON texts, where output.geojson asks for them.
+    The geometries only where output.geojson asks for them.
     """
     options.warn_of_misspelt()
-    query = query_of(options)
-    download_url = options.get("download_url", default=DOWNLOAD_URL)
-    if "{product_id}" not in download_url:
-        raise options.wrong("download_url", "%r has no {product_id} in it" % download_url)
-    minimum = options.number("area.minimum", "float", 0.0, 0, 100)
-    best = options.get("best", "bool", False)
-    keep_geometry = bool(options.get("output.geojson", default=""))
-    found = in_area(in_period(search(query, session), query), query, minimum)
-    # kept as text: decoded, the points of a long list would take five times the memory
-    pairs = ((row_of(product, download_url, fraction),
-              json.dumps(split_geometry(product.geometry)) if keep_geometry else None)
-             for product, fraction in found)
+    query, minimum, best, template, geojson = [query_of(options)] + [options.get(name) for name in (
+        "area.minimum", "best", "download_url", "output.geojson")]
     geometries = {}
-    for row, geometry in selected(pairs, options):
-        geometries[row] = geometry
-    rows = best_rows(geometries) if best else geometries
-    if not geometries:
+
+    def row(product, fraction):
+        if geojson:         # kept as text: decoded, the points would take five times the memory
+            geometries[product.product_id] = json.dumps(split_geometry(product.geometry))
+        return row_of(product, template, fraction)
+
+    found = in_area(in_period(search(query, session), query), query, minimum)
+    rows = list(selected(itertools.starmap(row, found), options))
+    if not rows:
         log.warning("nothing found: %s %s, %s to %s, area %s; see %s", query.collection,
                     query.producttype, query.start, query.end,
                     ",".join("%g" % edge for edge in query.box or ()) or "globe", shown(query.url))
-    return newest_first(rows), geometries
-
-
-def table_columns(options):
-    columns = tuple(options.get("output.columns", default=" ".join(COLUMNS))
-                    .replace(",", " ").replace(";", " ").split())
-    unknown = [name for name in columns if name not in Row._fields]
-    if unknown:
-        raise options.wrong("output.columns", "no column %s; expected %s" % (
-            " ".join(unknown), " ".join(Row._fields)))
-    return columns
-
-
-def dmode_of(options):
-    try:
-        return directory_mode(options.get("dmode", default=None))
-    except SettingsError as error:
-        raise options.wrong("dmode", str(error).partition(": ")[2]) from None
+    return newest_first(best_rows(rows) if best else rows), geometries
 
 
 def inquire(settings, rcbase="", session=None, today=None):
@@ -3489,14 +3502,14 @@ def inquire(settings, rcbase="", session=None, today=None):
     """
     options = Options(settings, rcbase)
     today = today or datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
-    path = expand_time(options.get("output.file"), today)
-    geojson = expand_time(options.get("output.geojson", default=""), today)
-    columns, dmode = table_columns(options), dmode_of(options)
+    path, geojson = (expand_time(options.get("output." + name), today)
+                     for name in ("file", "geojson"))
+    columns, dmode = options.get("output.columns"), options.get("dmode")
     rows, geometries = list_rows(options, session or session_of(options))
     write_table(rows, path, columns, dmode)
     log.info("%s: %d products", path, len(rows))
     if geojson:
-        write_geojson([(row, geometries[row]) for row in rows], geojson, dmode)
+        write_geojson(rows, geometries, geojson, dmode)
     return rows
 
 
@@ -3506,6 +3519,10 @@ def tasks_of(rows, directory=".", part=None):
     `part` is "I/N": every N-th row only, I modulo N, so that arrays may count from 0 or from 1.
     A file name that stands in the table twice is fetched once, from its first row.
     """
+    try:
+        folder_template(directory)
+    except ValueError as error:
+        raise SettingsError("%r %s" % (directory, error)) from None
     tasks = {}
     for row in part_of(list(rows), part):
         try:
@@ -3522,19 +3539,14 @@ def tasks_of(rows, directory=".", part=None):
 
 def fill_in(directory, row):
     """Return the directory of a row: %{column} by its value, %Y etc. by its start time."""
-    def column(match):
-        value = getattr(row, match.group(1), None)
-        if value is None:
-            raise SettingsError("download.dir: no column %s; expected one of %s" % (
-                match.group(1), " ".join(Row._fields)))
-        return safe_name(value) if value else "unknown"
+    def value(match):
+        return safe_name(getattr(row, match.group(1)) or "unknown")
 
-    directory = re.sub(r"%\{(\w+)\}", column, directory)
+    directory = re.sub(r"%\{(\w+)\}", value, directory)
     if not re.search("%[YmdHMSjy]", directory):
         return directory
     if not row.start_time:
-        raise SettingsError("download.dir: %s has no start_time, which %%Y in %r needs"
-                            % (row.filename, directory))
+        raise ValueError("no start_time, which %%Y etc. in %r need" % directory)
     return expand_time(directory, parse_time(row.start_time.replace(" ", "T")))
 
 
@@ -3657,8 +3669,12 @@ class CSO_DataSpace_Downloader:
         Waits nsec_wait seconds before the second try, longer each time up to nsec_wait_max, at
         most maxtry tries in all.  Makes the directory where it is missing, with mode dmode.
         """
+        try:
+            mode = directory_mode(dmode)
+        except ValueError as error:
+            raise SettingsError("dmode: %r %s" % (dmode, error)) from None
         outcome = fetch(Task(href, os.fspath(output_file)), self.session,
-                        Retry(maxtry, nsec_wait, nsec_wait_max), directory_mode(dmode))
+                        Retry(maxtry, nsec_wait, nsec_wait_max), mode)
         log.info("%s%s: %s", indent, outcome.filename, outcome.state)
 
 
@@ -3853,28 +3869,30 @@ def options_of(args):
 
 def command_run(args, screen):
     options = options_of(args)
-    target = options.get("download.dir")
-    fill_in(target, Row._make(["x"] * len(Row._fields))._replace(start_time="2018-07-01 00:00:00"))
-    dmode = dmode_of(options)
+    query_of(options)
+    given = {name: options.get(name) for name in SETTINGS}      # a mistake is told before all else
     with session_of(options) as session:
         if args.dry_run:
-            session.note = say_request
-            return show_plan(tasks_of(list_rows(options, session)[0], target, args.part))
-        href = options.get("download_url", default=DOWNLOAD_URL)
-        if may_see_token(href, session.http.trusted):       # a wrong password is told at once
-            session.retrying("token", lambda: session.token.get(host_of(href)))
+            return dry_run(options, session, given["download.dir"], args.part)
+        if may_see_token(given["download_url"], session.http.trusted):      # a wrong password too
+            session.retrying("token", lambda: session.token.get(host_of(given["download_url"])))
         rows = inquire(options.settings, options.rcbase, session)
-        return fetch_all(tasks_of(rows, target, args.part), session, args.report, screen, dmode)
+        tasks = tasks_of(rows, given["download.dir"], args.part)
+        return fetch_all(tasks, session, args.report, screen, given["dmode"])
 
 
 def command_inquire(args, screen):
     options = options_of(args)
     with session_of(options) as session:
         if args.dry_run:
-            session.note = say_request
-            return show_plan(tasks_of(list_rows(options, session)[0]))
+            return dry_run(options, session)
         inquire(options.settings, options.rcbase, session)
     return 0
+
+
+def dry_run(options, session, directory=".", part=None):
+    session.note = say_request
+    return show_plan(tasks_of(list_rows(options, session)[0], directory, part))
 
 
 def say_request(request):
@@ -3956,7 +3974,9 @@ def command_check(args, screen):
     session = session_of(options) if options else Session()
     session.retry = Retry(1)
     url = query_of(options).url if options else CATALOGUE_URL + "/odata/v1"
-    folder = options.get("download.dir", default=".") if options else "."
+    folder = "."
+    with contextlib.suppress(SettingsError):
+        folder = options.get("download.dir") if options else "."
     failed = 0
     with session:
         for name, probe in (
