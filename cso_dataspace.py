@@ -2547,9 +2547,10 @@ def search(query, session):
     seen, barren = set(), 0
     while True:
         products, following = page
-        fresh = [product for product in products or () if product.product_id not in seen]
-        seen.update(product.product_id for product in fresh)
-        yield from fresh
+        fresh = {product.product_id: product for product in products or ()
+                 if product.product_id not in seen}
+        seen.update(fresh)
+        yield from fresh.values()
         if following is None:
             return
         # In a walk one page in a row may bring nothing new: the start time it begins with.
