@@ -2529,21 +2529,7 @@ def search(query, session):
     last word.
     Raises CatalogueError or HttpError: then what was yielded is not the whole list.
     """
-    api = query.api if query.api != "auto" else api_of(query.url)
-    substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
-    query = query._replace(api=api, url=query.url.rstrip("/"))
-    try:
-        query, request, page = first_page(query, session, substitute)
-    except (HttpError, CatalogueError) as error:
-        if not substitute:
-            raise error if query.api != "opensearch" else CatalogueError(
-                "%s; an OpenSearch service (resto) was expected at the setting url, that of the "
-                "Data Space was retired in March 2026: set url to %s/odata/v1, or api to auto"
-                % (error, CATALOGUE_URL)) from error
-        log.warning("%s; the OpenSearch service was retired in March 2026, so OData is asked "
-                    "instead (set url to %s to be spared this message)", error, substitute)
-        query = query._replace(api="odata", url=substitute)
-        query, request, page = first_page(query, session)
+    query, request, page = first_page(query, session)
     seen, barren = set(), 0
     while True:
         products, following = page
@@ -2563,19 +2549,32 @@ def search(query, session):
         request, page = following, turn_page(query, following, session)
 
 
-def first_page(query, session, substitute=None):
-    """Return the query, its first request and page; with a substitute, after two tries at most.
+def first_page(query, session):
+    """Return the query as the service takes it, its first request and page.
 
-    A service that does not know one of the fields to select is asked for whole entries.
+    Where OpenSearch is retired, as two tries may tell, OData beside it is asked; a service that
+    does not know one of the fields to select, for whole entries.
     """
-    request = ADAPTERS[query.api].first(query)
+    api = api_of(query.url) if query.api == "auto" else query.api
+    substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
+    query = query._replace(api=api, url=query.url.rstrip("/"))
+    request = ADAPTERS[api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
     try:
         return query, request, turn_page(query, request, session, retry)
-    except HttpError as error:
-        if error.status != 400 or "$select" not in request.url:
+    except (HttpError, CatalogueError) as error:
+        if substitute:
+            log.warning("%s; the OpenSearch service was retired in March 2026, so OData is asked "
+                        "instead (set url to %s to be spared this message)", error, substitute)
+            return first_page(query._replace(api="odata", url=substitute), session)
+        if "$select" in request.url and getattr(error, "status", 0) == 400:
+            return first_page(query._replace(selected=False), session)
+        if api != "opensearch":
             raise
-        return first_page(query._replace(selected=False), session, substitute)
+        raise CatalogueError(
+            "%s; an OpenSearch service (resto) was expected at the setting url, that of the Data "
+            "Space was retired in March 2026: set url to %s/odata/v1, or api to auto"
+            % (error, CATALOGUE_URL)) from error
 
 
 def turn_page(query, request, session, retry=None):
@@ -3690,14 +3689,6 @@ EXAMPLES = {
 }
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
-
-    @classmethod
-    def on_signal(cls, number, frame):
-        raise cls
-
-
 class Screen(logging.Handler):
     """What the user sees on stderr: messages, and on a terminal one line of progress below them."""
 
@@ -4067,27 +4058,22 @@ def main(argv=None):
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     log.addHandler(screen)
     log.propagate = False
-    try:
-        before = signal.signal(signal.SIGTERM, Terminated.on_signal)
-    except ValueError:                  # not the main thread
-        before = None
+    before = None
+    with contextlib.suppress(ValueError):       # not the main thread
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return COMMANDS[args.command](args, screen)
-    except DataSpaceError as error:
-        log.error("%s", error)
-        return 1
     except BrokenPipeError:             # stdout went to a program such as head, which ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, UnicodeError) as error:
+    except (DataSpaceError, OSError, UnicodeError) as error:
         log.error("%s", error)
         return 1
-    except KeyboardInterrupt:
-        log.error("stopped by Ctrl-C; what has come is kept, run again to go on")
-        return 130
-    except Terminated:
-        log.error("stopped by SIGTERM; what has come is kept, run again to go on")
-        return 143
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = getattr(stop, "code", 130)
+        log.error("stopped by %s; what has come is kept, run again to go on",
+                  "SIGTERM" if status == 143 else "Ctrl-C")
+        return status
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
