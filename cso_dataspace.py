@@ -1394,12 +1394,11 @@ CA_BUNDLES = (
 
 
 class Request(NamedTuple):
-    """A request to a catalogue; `since` and `skip` say where in the list its page begins."""
+    """A request to a catalogue; `place` is where in the list it goes on, as its adapter counts."""
 
     url: str
     body: object = None         # sent as JSON by POST; None: GET
-    since: object = None
-    skip: int = 0
+    place: object = None
 
 
 class Retry(NamedTuple):
@@ -2122,7 +2121,6 @@ class Slots:
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
 DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
 PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
-COLLECTIONS = "/collections?limit=1000"
 SKIP_MAX = 10000                # both walked services refuse more
 SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplified and bent
 SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
@@ -2211,8 +2209,9 @@ def next_in_walk(products, announced, query, request, page_size):
     Where a page holds one start time only, it is passed by skip.  A page that announces nothing
     more is believed only when asking again from its last start time brings nothing later.
     """
-    begun = request.skip or request.since > query.start - longest_product(query)
-    if not products and not announced and (request.skip or not begun):
+    since, skip = request.place
+    begun = skip or since > query.start - longest_product(query)
+    if not products and not announced and (skip or not begun):
         return None
     starts = [product.start for product in products]
     if starts != sorted(starts):
@@ -2220,14 +2219,14 @@ def next_in_walk(products, announced, query, request, page_size):
                              "the list can't be completed" % shown(request.url))
     last = starts[-1] if starts else datetime.datetime.min
     last -= datetime.timedelta(microseconds=last.microsecond % 1000)
-    if last < request.since:
+    if last < since:
         raise CatalogueError("%s: the page does not hold what it was asked for; the list can't be "
                              "completed, try again later" % shown(request.url))
-    if last > request.since:
+    if last > since:
         return last, 0
     if not announced and len(products) < page_size:
         return None
-    skip = request.skip + len(products)
+    skip += len(products)
     if skip > SKIP_MAX:
         raise CatalogueError("%s: more than %d products start at %s; the service lists no more"
                              % (shown(request.url), SKIP_MAX, last))
@@ -2257,7 +2256,7 @@ class OData(Walked):
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
         elif query.selected:
             fields["$select"] = ",".join(select)
-        return Request(url_with(query.url + "/Products", **fields), None, since, skip)
+        return Request(url_with(query.url + "/Products", **fields), None, (since, skip))
 
     @staticmethod
     def page_size(query):
@@ -2333,7 +2332,7 @@ class OpenSearch(Walked):
         elif boxes:
             fields["geometry"] = wkt_of(boxes)
         url = "%s/collections/%s/search.json" % (query.url, urllib.parse.quote(collection))
-        return Request(url_with(url, **fields), None, since, skip)
+        return Request(url_with(url, **fields), None, (since, skip))
 
     @staticmethod
     def parse(page, query, request):
@@ -2371,7 +2370,12 @@ class Stac:
     @staticmethod
     def first(query):
         names = Stac.names(query)
-        return Stac.search(query, names) if names else Request(query.url + COLLECTIONS)
+        return Stac.search(query, names) if names else Stac.collections(query)
+
+    @staticmethod
+    def collections(query, searched=False):
+        """Return the request for the list of collections; its place: those known, and why."""
+        return Request(query.url + "/collections?limit=1000", None, ([], searched))
 
     @staticmethod
     def names(query):
@@ -2406,40 +2410,38 @@ class Stac:
 
     @staticmethod
     def parse(page, query, request):
-        if "collections" in page:
-            before = request.since or []
-            known = before + [one for one in page["collections"] if one not in before]
-            following = Stac.following(page, request)
-            if following and len(known) == len(before):
-                raise CatalogueError("%s: a page of collections brings nothing new while more is "
-                                     "announced" % shown(request.url))
-            if following:
-                return None, following._replace(since=known, skip=request.skip)
-            return None, Stac.search_known(known, query, request)
-        products = [Stac.product(item) for item in features_of(page, request)]
         following = Stac.following(page, request)
-        if not products and not following and request.skip == 0:
-            following = Request(query.url + COLLECTIONS, skip=1)
-        elif following:
-            following = following._replace(skip=request.skip + 1)
+        if "collections" in page:
+            return None, Stac.after_collections(page, following, query, request)
+        products = [Stac.product(item) for item in features_of(page, request)]
+        if following:
+            following = following._replace(place="later page")
+        elif not products and not request.place:
+            following = Stac.collections(query, searched=True)
         return products, following
 
     @staticmethod
-    def search_known(collections, query, request):
+    def after_collections(page, following, query, request):
         """Return the search of the mission's collections that hold the type; raise if none does.
 
-        After an empty search (skip is 1) there is nothing to search again.
+        Where they were searched before, in vain, there is nothing to search again.
         """
-        wanted = Stac.names(query)
-        prefix = mission(query.collection).lower() + "-"
-        found = [one["id"] for one in collections if one["id"] in wanted or (
+        known, searched = request.place
+        more = [one for one in page["collections"] if one not in known]
+        if following and more:
+            return following._replace(place=(known + more, searched))
+        if following:
+            raise CatalogueError("%s: a page of collections brings nothing new while more is "
+                                 "announced" % shown(request.url))
+        wanted, prefix = Stac.names(query), mission(query.collection).lower() + "-"
+        found = [one["id"] for one in known + more if one["id"] in wanted or (
             not wanted and one["id"].startswith(prefix) and may_hold(one, query.producttype))]
         if not found:
             raise CatalogueError(
                 "%s: no collection for %s %s; this service holds only the types that its "
                 "collections name, %s/odata/v1 holds all" % (
                     shown(request.url), query.collection, query.producttype, CATALOGUE_URL))
-        return None if request.skip else Stac.search(query, found)._replace(skip=1)
+        return None if searched else Stac.search(query, found)._replace(place="known to be there")
 
     @staticmethod
     def following(page, request):
