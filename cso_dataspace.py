@@ -3197,10 +3197,14 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
         raise
 
 
-################ Workflows ################
+################ Options ################
+
+# The settings of an inquiry: a table of readers, which return the value of a text or raise
+# ValueError with what is wrong with it, and the defaults.
+
 
 def one_of(*choices):
-    """Return a reader that takes these texts only.  Readers raise ValueError for a wrong text."""
+    """Return a reader that takes these texts only."""
     def reader(text):
         if text not in choices:
             raise ValueError("is unknown; expected " + " or ".join(choices))
@@ -3250,9 +3254,9 @@ def check_columns(names):
 
 
 def column_names(text):
-    columns = tuple(re.split(r"[\s,;]+", text))
+    columns = tuple(re.findall(r"[^\s,;]+", text))
     check_columns(columns)
-    return columns
+    return columns or COLUMNS
 
 
 def folder_template(text):
@@ -3301,7 +3305,6 @@ SETTINGS = {        # of an inquiry, after its base: (reader of the text, defaul
     "trusted_hosts": (host_names, []),
     "token_url": (str, None),
 }
-STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
 
 
 class Options:
@@ -3342,6 +3345,11 @@ class Options:
                             self.settings.place(key), key, meant[0])
 
 
+################ Workflows ################
+
+STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
+
+
 def query_of(options):
     """Return the Query that the settings ask for; raise SettingsError with the place."""
     start, end, url, api, collection, box = map(options.get, (
@@ -3351,7 +3359,8 @@ def query_of(options):
     if not 1900 <= start.year <= end.year <= 9000:
         raise options.wrong("timerange.start", "is no year of a satellite; expected 1900 to 9000")
     try:
-        api_of(url) if api == "auto" else None
+        if api == "auto":
+            api_of(url)
     except ValueError as error:
         raise options.wrong("url", error) from None
     producttype = options.get("producttype", required=collection == "SENTINEL-5P")
@@ -3407,7 +3416,7 @@ def in_area(products, query, minimum):
         for count, product in enumerate(products, 1):
             overlaps, fraction = box_overlap(product.geometry, query.box)
             unknown += fraction is None
-            yield product, fraction if overlaps else -1
+            yield product, fraction if overlaps else -1         # outside
         if unknown:
             log.warning("footprints: %d of %d are missing or can't be read; these products count "
                         "as overlapping", unknown, count)
@@ -3478,9 +3487,8 @@ def list_rows(options, session):
     The geometries only where output.geojson asks for them.
     """
     options.warn_of_misspelt()
-    query, minimum, best, template, geojson = [query_of(options)] + [options.get(name) for name in (
-        "area.minimum", "best", "download_url", "output.geojson")]
-    geometries = {}
+    query, template, geometries = query_of(options), options.get("download_url"), {}
+    minimum, best, geojson = map(options.get, ("area.minimum", "best", "output.geojson"))
 
     def row(product, fraction):
         if geojson:         # kept as text: decoded, the points would take five times the memory
@@ -3503,7 +3511,7 @@ def inquire(settings, rcbase="", session=None, today=None):
     now by default, fills in the %Y-%m-%d of output.file.
     """
     options = Options(settings, rcbase)
-    today = today or datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
+    today = today or datetime.datetime.now(datetime.timezone.utc)
     path, geojson = (expand_time(options.get("output." + name), today)
                      for name in ("file", "geojson"))
     columns, dmode = options.get("output.columns"), options.get("dmode")
