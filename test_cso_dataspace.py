@@ -6673,7 +6673,7 @@ def at(space):
 def readme(kind):
     """The code blocks of the README of a kind: "" for indented commands, "python", "sh"."""
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as text:
-        text = text.read()
+        text = text.read().replace("\\\n", " ")
     if kind:
         return re.findall(r"(?ms)^```%s\n(.*?)^```" % kind, text)
     text = re.sub(r"(?ms)^```.*?^```$", "", text)
