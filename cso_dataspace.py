@@ -4023,7 +4023,7 @@ def check_opensearch(url, session):
     except HttpError as error:
         if api_of(url) == "opensearch" and not odata_beside(url):
             raise
-        return "ok: not needed; it is retired (%s)" % error
+        return "ok: not needed; retired in March 2026 (%s)" % error
     return "ok: %s answers" % base
 
 
