@@ -151,6 +151,10 @@ class Stopped(DataSpaceError):
     fatal = True
 
 
+# What reading JSON of any shape may raise.
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 ################ Files ################
 
 
@@ -947,8 +951,6 @@ BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel o
 ROUNDING = 1e-6  # share: by which half a sphere, or a whole one, may seem too large
 HALF = 0.5 + ROUNDING
 
-UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-
 PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring and its holes
     "Polygon": lambda coordinates: [coordinates],
     "MultiPolygon": lambda coordinates: coordinates,
@@ -1462,7 +1464,7 @@ def service_message(body):
     text = body[:4096].decode("utf-8", "replace")
     try:
         said = json.loads(text)
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         said = re.sub(r"(?s)<(script|style|head).*?</\1>|<[^>]*>", " ", text)
     return " ".join(words_of(said).split())[:300]
 
@@ -1788,7 +1790,7 @@ def parse_grant(body, began):
     try:
         answer = json.loads(body.decode("utf-8"))
         access, seconds = answer["access_token"], float(answer.get("expires_in", 600))
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+    except UNREADABLE:
         raise HttpError("token service: the answer holds no token", temporary=True) from None
     if not is_token(access) or not seconds > 0:
         raise HttpError("token service: the answer holds no usable token", temporary=True)
@@ -1823,8 +1825,7 @@ class TokenCache:
             return Grant(kept["access"], kept["refresh"], clock() + left, kept["seconds"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, OverflowError,
-                RecursionError) as error:
+        except (OSError,) + UNREADABLE as error:
             log.warning("%s: no usable token in it (%s)", self.path, type(error).__name__)
             return None
 
@@ -2078,7 +2079,7 @@ def decode_json(body, url):
         page = json.loads(body.decode("utf-8-sig"))
         if isinstance(page, dict):
             return page
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         pass
     raise HttpError("%s: no JSON object, but %d bytes that begin with %r" % (
         shown(url), len(body), body[:40].decode("utf-8", "replace")), url, 200, True)
@@ -2590,8 +2591,7 @@ def turn_page(query, request, session, retry=None):
             "".join((product.product_id, product.producttype, product.orbit, product.processing,
                      product.published)).encode("utf-8")        # texts, and such as can be written
         return products, following
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError,
-            RecursionError) as error:
+    except UNREADABLE as error:
         raise CatalogueError("%s: a product that can't be read (%s: %s)" % (
             shown(request.url), type(error).__name__, error)) from error
 
@@ -3126,7 +3126,7 @@ def looked_up(href, session, retry=None):
     except HttpError as error:
         if error.temporary or error.status not in (400, 404, 422):
             raise
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         log.debug("%s: no description of a product (%s)", shown(url), error)
     return None
 
