@@ -1615,17 +1615,12 @@ def proxy_of(url):
 
 def status_error(url, response):
     """Return the HttpError for an answer with a failure status, and close it."""
-    body = b""
-    with response, contextlib.suppress(HttpError):      # a part of what it says will do
-        for data in chunks(response, url, 5):
-            body += data
-            if len(body) > 4096:
-                break
-    status = response.status
+    status, body = response.status, b""
+    with response, contextlib.suppress(HttpError):
+        body = next(chunks(response, url, 5), b"")      # the begin of what it says will do
+    said = service_message(body)
     if status in REDIRECTS:
         said = "redirected to " + shown(response.headers.get("Location") or "nowhere")
-    else:
-        said = service_message(body)
     wait = retry_after(response.headers)
     temporary = status in (408, 429) or status >= 500
     if temporary and (wait or 0) > LONGEST_RETRY_AFTER:
