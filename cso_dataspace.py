@@ -294,6 +294,7 @@ def logical(node, value):
 
 
 def compared(node, value):
+    """Return whether all of a chain such as 1 < x <= 9 hold."""
     sides = [value(side) for side in [node.left] + node.comparators]
     return all(OPERATORS[kind(operation)](left, right)
                for operation, left, right in zip(node.ops, sides, sides[1:]))
@@ -341,10 +342,10 @@ OPERATORS = {
     "Mod": lambda left, right: divmod(left, right)[1],      # % of a text would format it
     "Not": operator.not_, "UAdd": operator.pos, "USub": operator.neg}
 FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min,
-             "max": max, "abs": abs, "round": rounded, "sum": sum}
+             "max": max, "abs": abs, "round": rounded, "sum": lambda numbers: sum(numbers)}
 METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.lower,
            "upper": str.upper, "strip": str.strip, "split": str.split, "replace": replaced}
-RULES = {
+RULES = {       # by the kind of a node, what it gives; value() gives what its parts do
     "BoolOp": logical, "Compare": compared, "Call": called,
     "BinOp": lambda node, value: OPERATORS[kind(node.op)](value(node.left), value(node.right)),
     "UnaryOp": lambda node, value: OPERATORS[kind(node.op)](value(node.operand)),
@@ -356,7 +357,7 @@ RULES = {
     "Tuple": lambda node, value: tuple(map(value, node.elts)),
     "Set": lambda node, value: set(map(value, node.elts)),
     "Dict": lambda node, value: dict(zip(map(value, node.keys), map(value, node.values)))}
-RULES.update(dict.fromkeys("Constant Num Str NameConstant".split(),
+RULES.update(dict.fromkeys("Constant Num Str NameConstant".split(),     # before 3.8 the last three
                            lambda node, value: ast.literal_eval(node)))
 ALLOWED = {"Name", "Load", "And", "Or"}.union(RULES, OPERATORS, METHODS)
 
@@ -455,7 +456,7 @@ class Settings:
 class Line(NamedTuple):
     """A logical line, where it begins, and the files from the main one to this.
 
-    An #if or #for has `branches`: lists of lines, each begins with the #if, #for, #elif or #else.
+    An #if or #for has `branches`: lists of lines, the #if, #for, #elif or #else first.
     """
 
     text: str
@@ -520,7 +521,7 @@ def logical_lines(data, filename, files):
 
 
 def statement(line, lines):
-    """Return the line; an #if or #for with its branches, all up to its end taken from `lines`."""
+    """Return the line; an #if or #for with its branches, taken from `lines` up to its end."""
     if line.word in ("", "#error", "#include", "#from"):
         return line
     if line.word not in ENDS:
@@ -537,7 +538,7 @@ def statement(line, lines):
                     inner.word, opener.word, opener.lineno, ENDS[opener.word]))
             if not openers:
                 return line._replace(branches=branches)
-        elif openers == [line] and line.word + inner.word in ("#if#elif", "#if#else"):
+        elif line.word == "#if" and openers == [line] and inner.word in ("#elif", "#else"):
             branches.append([])
         branches[-1].append(inner)
     raise line.wrong("%s without an end; expected %s" % (line.word, ENDS[line.word]))
@@ -552,7 +553,7 @@ class Reader:
         self.queue, self.waiting = collections.deque(), {}
         self.read([path], origin)
         self.work()
-        self.known.maps.append({        # last: keys of the files go before them
+        self.known.maps.append({        # not before: keys of the files win
             "pid": os.getpid(), "hostname": socket.gethostname(), "pwd": os.getcwd(),
             "script": os.path.splitext(os.path.basename(sys.argv[0]))[0]})
         for name in self.known.maps[-1]:
@@ -580,7 +581,7 @@ class Reader:
         return text
 
     def read(self, paths, line):
-        """Queue the lines of the first file that can be read, before all others."""
+        """Queue the lines of the first file that can be read."""
         path, data = first_file(paths, line)
         files = line.files + (path,)
         if os.path.realpath(path) in map(os.path.realpath, line.files):
@@ -591,8 +592,9 @@ class Reader:
         self.push(list(logical_lines(data, path, files)), line)
 
     def push(self, lines, origin):
+        """Queue lines before all others, blocks taken together."""
         self.counted("", origin, sum((LINE_COST + len(line.text) for line in lines), LINE_COST))
-        rest = iter(lines)
+        rest = iter(lines)              # statement() takes the lines of a block from it as well
         self.queue.extendleft(reversed([statement(line, rest) for line in rest]))
 
     def filled(self, line):
