@@ -245,10 +245,9 @@ def parse_expression(text):
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError("no expression (%s)" % getattr(error, "msg", error)) from None
-    for node in ast.walk(tree):
-        name = getattr(node, "attr", type(node).__name__)
-        if name not in NODES and name not in OPERATORS and name not in METHODS:
-            raise ValueError("%s is not allowed in an expression" % name)
+    others = {getattr(node, "attr", kind(node)) for node in ast.walk(tree)} - ALLOWED
+    if others:
+        raise ValueError("%s is not allowed in an expression" % ", ".join(sorted(others)))
     return tree
 
 
@@ -258,9 +257,9 @@ def evaluate(tree, names={}):
     Raises ValueError for anything that goes wrong.
     """
     def value(node):
-        result = value_of(node, value, names)
-        if callable(result):
-            raise ValueError("a function without its arguments")
+        if isinstance(node, ast.Name):
+            return known(node.id, names)
+        result = known(kind(node), RULES)(node, value)
         check_size(result.bit_length() if isinstance(result, int) else
                    len(result) if hasattr(result, "__len__") else 0)
         return result
@@ -276,44 +275,14 @@ def check_size(size):
         raise ValueError("more than %d characters, items or bits" % LARGEST)
 
 
-def value_of(node, value, names):
-    """Return the value of a node; `value` is the function that gives those of its parts."""
-    kind = type(node).__name__
-    if kind == "Name":
-        if node.id in names or node.id in FUNCTIONS:
-            return names[node.id] if node.id in names else FUNCTIONS[node.id]
-        raise ValueError("%s is not known%s; texts need quotes" % (node.id, near(node.id, names)))
-    if kind == "BoolOp":
-        for operand in node.values:
-            found = value(operand)
-            if bool(found) is isinstance(node.op, ast.Or):
-                break
-        return found
-    if kind == "Compare":
-        sides = [value(side) for side in [node.left] + node.comparators]
-        return all(OPERATORS[type(operation).__name__](left, right)
-                   for operation, left, right in zip(node.ops, sides, sides[1:]))
-    if kind == "BinOp":
-        return OPERATORS[type(node.op).__name__](value(node.left), value(node.right))
-    if kind == "UnaryOp":
-        return OPERATORS[type(node.op).__name__](value(node.operand))
-    if kind == "IfExp":
-        return value(node.body) if value(node.test) else value(node.orelse)
-    if kind == "Call":
-        return value_of(node.func, value, names)(*map(value, node.args))
-    if kind == "Attribute":
-        return lambda *arguments: METHODS[node.attr](value(node.value), *arguments)
-    if kind == "Subscript":
-        return value(node.value)[value(node.slice)]
-    if kind == "Index":                 # before Python 3.9
-        return value(node.value)
-    if kind == "Slice":
-        return slice(*(part and value(part) for part in (node.lower, node.upper, node.step)))
-    if kind == "Dict":
-        return dict(zip(map(value, node.keys), map(value, node.values)))
-    if kind in ("List", "Tuple", "Set"):
-        return {"List": list, "Tuple": tuple, "Set": set}[kind](map(value, node.elts))
-    return ast.literal_eval(node)
+def kind(node):
+    return type(node).__name__
+
+
+def known(name, names):
+    if name not in names:
+        raise ValueError("%s is not known%s; texts need quotes" % (name, near(name, names)))
+    return names[name]
 
 
 def near(name, names):
@@ -321,6 +290,29 @@ def near(name, names):
     short = [other for other in map(str, names) if len(other) < 100]
     found = difflib.get_close_matches(name[:100], short[:5000], 2)
     return " (near: %s)" % ", ".join(found) if found else ""
+
+
+def logical(node, value):
+    """Return the first operand of `and`, `or` that decides, without a look at those after it."""
+    for operand in node.values:
+        found = value(operand)
+        if bool(found) is isinstance(node.op, ast.Or):
+            break
+    return found
+
+
+def compared(node, value):
+    """Return whether all of a chain such as 1 < x <= 9 hold."""
+    sides = [value(side) for side in [node.left] + node.comparators]
+    return all(OPERATORS[kind(operation)](left, right)
+               for operation, left, right in zip(node.ops, sides, sides[1:]))
+
+
+def called(node, value):
+    """Return the value of a call; a method is a function of the text before its dot."""
+    if isinstance(node.func, ast.Attribute):
+        return METHODS[node.func.attr](*map(value, [node.func.value] + node.args))
+    return known(getattr(node.func, "id", kind(node.func)), FUNCTIONS)(*map(value, node.args))
 
 
 def multiplied(left, right):
@@ -349,8 +341,6 @@ def replaced(text, old, new, *count):
     return text.replace(old, new, *count)
 
 
-NODES = ("BoolOp And Or Compare BinOp UnaryOp IfExp Call Name Load Subscript Slice Index Dict List "
-         "Tuple Set Constant Num Str NameConstant").split()
 OPERATORS = {
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le,
     "Gt": operator.gt, "GtE": operator.ge, "Is": operator.is_, "IsNot": operator.is_not,
@@ -363,6 +353,21 @@ FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "
              "max": max, "abs": abs, "round": rounded, "sum": lambda numbers: sum(numbers)}
 METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.lower,
            "upper": str.upper, "strip": str.strip, "split": str.split, "replace": replaced}
+RULES = {       # by the kind of a node, what it gives; value() gives what its parts do
+    "BoolOp": logical, "Compare": compared, "Call": called,
+    "BinOp": lambda node, value: OPERATORS[kind(node.op)](value(node.left), value(node.right)),
+    "UnaryOp": lambda node, value: OPERATORS[kind(node.op)](value(node.operand)),
+    "IfExp": lambda node, value: value(node.body if value(node.test) else node.orelse),
+    "Subscript": lambda node, value: value(node.value)[value(node.slice)],
+    "Index": lambda node, value: value(node.value),         # before Python 3.9
+    "Slice": lambda node, value: slice(*(at and value(at) for _, at in ast.iter_fields(node))),
+    "List": lambda node, value: list(map(value, node.elts)),
+    "Tuple": lambda node, value: tuple(map(value, node.elts)),
+    "Set": lambda node, value: set(map(value, node.elts)),
+    "Dict": lambda node, value: dict(zip(map(value, node.keys), map(value, node.values)))}
+RULES.update(dict.fromkeys("Constant Num Str NameConstant".split(),     # before 3.8 the last three
+                           lambda node, value: ast.literal_eval(node)))
+ALLOWED = {"Name", "Load", "And", "Or"}.union(RULES, OPERATORS, METHODS)
 
 
 ################ Typed values ################
@@ -370,52 +375,44 @@ METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.
 BOOLEANS = {"T": True, "True": True, "yes": True, "1": True,
             "F": False, "False": False, "no": False, "0": False}
 LITERALS = {"int": int, "float": float, "list": list, "tuple": tuple, "dict": dict, "set": set}
+FAULTS = {"bool": "is no bool; expected one of " + " ".join(BOOLEANS),
+          "datetime": "is no time; expected yyyy-mm-dd HH:MM:SS (UTC), such as 2018-07-01 00:00"}
 
 
 def converted(text, totype):
     """Return the text of a value as type "str", "bool", "int", "datetime" etc.; raise ValueError.
 
-    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.
+    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.  A time is
+    UTC: 2018-07-01, 2018-07-01 00:00 or 2018-07-01T00:00:00Z.
     """
     if totype == "" and text in ("T", "F", "True", "False"):
         raise ValueError("looks like a bool; ask for it as 'bool' or 'str'")
-    if totype in ("", "str"):
-        return text
-    if totype == "datetime":
-        return datetime_of(text)
-    if totype == "bool":
-        if text in BOOLEANS:
+    try:
+        if totype in ("", "str"):
+            return text
+        if totype == "bool":
             return BOOLEANS[text]
-        raise ValueError("is no bool; expected one of " + " ".join(BOOLEANS))
-    if totype not in LITERALS:
-        raise ValueError("can't be given as %r; expected str, bool, datetime, %s"
-                         % (totype, ", ".join(LITERALS)))
-    try:
-        return LITERALS[totype](*[evaluate(parse_expression(text))] if text.strip() else [])
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError("is no %s: %s" % (totype, error)) from None
-
-
-def datetime_of(text):
-    """Return the UTC time of a text: 2018-07-01, 2018-07-01 00:00 or 2018-07-01T00:00:00Z."""
-    words = re.sub(r"[-/:]|(?<=\d)T(?=\d)|Z$", " ", text.strip()).split()
-    try:
-        if 3 <= len(words) <= 7:
+        if totype == "datetime":
+            words = re.sub(r"[-/:]|(?<=\d)T(?=\d)|Z$", " ", text.strip()).split()
             return datetime.datetime(*map(int, words))
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError("is no time; expected yyyy-mm-dd HH:MM:SS (UTC), such as 2018-07-01 00:00")
+        if totype in LITERALS:
+            return LITERALS[totype](*[evaluate(parse_expression(text))] if text.strip() else [])
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise ValueError(FAULTS.get(totype, "is no %s: %s" % (totype, error))) from None
+    raise ValueError("can't be given as %r; expected str, bool, datetime, %s"
+                     % (totype, ", ".join(LITERALS)))
 
 
 ################ Settings ################
 
-# A file gives logical lines, these give statements, each a line or a block from #if or #for to its
-# end; a statement whose variables are not all known waits, so definitions may stand in any order.
+# A file gives logical lines, an #if or #for takes those to its end with it; a line whose variables
+# are not all known waits for them, so definitions may stand in any order.
 
 VARIABLE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
 MOST_CHARACTERS = 3 * 10 ** 7   # of all that is read, and made by ${}, $(( )), #for and #include
 LINE_COST, FILE_COST = 100, 5000        # characters that the shortest line and file count for
 DEEPEST = 100                   # files that include each other
+ENDS = {"#if": "#endif", "#for": "#endfor"}
 
 
 class Settings:
@@ -452,35 +449,47 @@ class Settings:
 
         `default`, if not None, is returned as it is for a key that is absent.
         """
-        if key in self:
-            try:
-                return converted(self.section[key], totype)
-            except ValueError as error:
-                raise SettingsError("%s: %.200r %s" % (key, self.section[key], error),
-                                    *self.places[key]) from None
-        if default is None:
+        if key not in self and default is not None:
+            return default
+        if key not in self:
             raise SettingsError("key %r is not there%s" % (key, near(key, self.keys())),
                                 self.filename)
-        return default
+        try:
+            return converted(self.section[key], totype)
+        except ValueError as error:
+            raise SettingsError("%s: %.200r %s" % (key, self.section[key], error),
+                                *self.places[key]) from None
 
 
 class Line(NamedTuple):
-    """A logical line, where it begins, and the files from the main one to this."""
+    """A logical line, where it begins, and the files from the main one to this.
+
+    An #if or #for has `branches`: lists of lines, the #if, #for, #elif or #else first.
+    """
 
     text: str
     filename: str
     lineno: int
     files: tuple
+    branches: tuple = ()
 
     @property
     def word(self):
-        """The directive in column zero, such as "if"; empty for an ordinary line."""
-        match = re.match(r"#(\w*)", self.text)
-        return match.group(1) or "#" if match else ""
+        """The directive in column zero, such as "#if"; empty for an ordinary line."""
+        return re.match(r"(#\w*)?", self.text).group()
 
     @property
     def rest(self):
-        return self.text[len(self.word) + 1:].strip()
+        """What follows the directive; of an ordinary line all but its comment.
+
+        A comment begins at the first "!" of the value, but "\\!" is a literal "!", and where there
+        is one, nothing is cut.
+        """
+        if self.word:
+            return self.text[len(self.word):].strip()
+        key, colon, value = self.text.partition(":")
+        value = value.replace("\\!", "!") if "\\!" in value else value.partition("!")[0]
+        return key + colon + value
 
     def wrong(self, message):
         return SettingsError(message[:2000], self.filename, self.lineno)
@@ -494,8 +503,8 @@ def first_file(paths, line):
             with open(path, "rb") as source:
                 return path, source.read(MOST_CHARACTERS + 1)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            tried.append("%s (%s)" % (os.path.abspath(path)[-500:], reason))
+            tried.append("%s (%s)" % (os.path.abspath(path)[-500:],
+                                      getattr(error, "strerror", None) or error))
     raise line.wrong("%s can't be read; tried %s" % (line.text or "settings", ", ".join(tried)))
 
 
@@ -505,140 +514,112 @@ def logical_lines(data, filename, files):
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    physical = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    pieces, first = [], 1
-    for lineno, text in enumerate(physical, 1):
+    pieces = []
+    for lineno, text in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
         text = text.rstrip()
-        piece = (text.strip() if pieces else text).rstrip("\\").rstrip()
-        if piece or not pieces:
-            pieces.append(piece)
-        if text.endswith("\\") and lineno < len(physical):
-            continue
-        line = Line(" ".join(pieces).rstrip(), filename, first, files)
-        if "\0" in line.text:
-            raise line.wrong("a NUL byte; expected a text file in UTF-8")
-        if line.text and not line.text.lstrip().startswith("!"):
-            yield line
-        pieces, first = [], lineno + 1
+        pieces.append(text.rstrip("\\").rstrip())
+        if not text.endswith("\\"):
+            text = " ".join(pieces[:1] + [piece.lstrip() for piece in pieces[1:] if piece]).rstrip()
+            line = Line(text, filename, lineno + 1 - len(pieces), files)
+            if "\0" in text:
+                raise line.wrong("a NUL byte; expected a text file in UTF-8")
+            if text and not text.lstrip().startswith("!"):
+                yield line
+            pieces = []
 
 
-def statements(lines):
-    """Yield each statement as a list of lines: one, or all from an #if or #for to its end."""
-    statement, openers = [], []
-    for line in lines:
-        if not openers and line.word not in ("", "if", "for", "error", "include", "from"):
-            raise line.wrong("%r is out of place; expected #include, #from, #if, #for or #error "
-                             "(a comment begins with !)" % line.text)
-        statement.append(line)
-        if line.word in ("if", "for"):
-            openers.append(line)
-        elif line.word in ("endif", "endfor"):
+def statement(line, lines):
+    """Return the line; an #if or #for with its branches, taken from `lines` up to its end."""
+    if line.word in ("", "#error", "#include", "#from"):
+        return line
+    if line.word not in ENDS:
+        raise line.wrong("%r is out of place; expected #include, #from, #if, #for or #error "
+                         "(a comment begins with !)" % line.text)
+    branches, openers = [[line]], [line]
+    for inner in lines:
+        if inner.word in ENDS:
+            openers.append(inner)
+        elif inner.word in ENDS.values():
             opener = openers.pop()
-            if line.word != "end" + opener.word:
-                raise line.wrong("#%s ends the #%s of line %d; expected #end%s" % (
-                    line.word, opener.word, opener.lineno, opener.word))
-        if not openers:
-            yield statement
-            statement = []
-    if openers:
-        raise openers[-1].wrong("#%s without an end; expected #end%s" % ((openers[-1].word,) * 2))
-
-
-def branches(block):
-    """Return the branches of an #if as lists of lines: #if, #elif or #else, and what follows."""
-    found, depth = [], 0
-    for line in block[:-1]:
-        if depth == 1 and line.word in ("elif", "else") or not found:
-            found.append([])
-        found[-1].append(line)
-        depth += (line.word in ("if", "for")) - (line.word in ("endif", "endfor"))
-    return found
-
-
-def uncommented(text):
-    """Return a line as written without its trailing comment, which begins at a "!" in the value.
-
-    Where the value has an escaped "\\!", a literal "!", nothing is cut.
-    """
-    key, colon, value = text.partition(":")
-    value = value.replace("\\!", "!") if "\\!" in value else value.partition("!")[0]
-    return key + colon + value
+            if inner.word != ENDS[opener.word]:
+                raise inner.wrong("%s ends the %s of line %d; expected %s" % (
+                    inner.word, opener.word, opener.lineno, ENDS[opener.word]))
+            if not openers:
+                return line._replace(branches=branches)
+        elif line.word == "#if" and openers == [line] and inner.word in ("#elif", "#else"):
+            branches.append([])
+        branches[-1].append(inner)
+    raise line.wrong("%s without an end; expected %s" % (line.word, ENDS[line.word]))
 
 
 class Reader:
     """Reads a file with all it includes into `settings`; `origin` is the line that asks for it."""
 
-    def __init__(self, path, origin, env, environ, cost=0):
-        self.env, self.environ, self.cost = env, environ, cost
-        self.settings, specials = Settings(path), {}
-        self.known = collections.ChainMap(env, environ, self.settings.section, specials)
+    def __init__(self, path, origin, outside, cost=0):
+        self.outside, self.cost, self.settings = outside, cost, Settings(path)
+        self.known = collections.ChainMap(outside, self.settings.section)
         self.queue, self.waiting = collections.deque(), {}
         self.read([path], origin)
         self.work()
-        specials.update(                # last: keys of the files go before them
-            pid=os.getpid(), hostname=socket.gethostname(), pwd=os.getcwd(),
-            script=os.path.splitext(os.path.basename(sys.argv[0]))[0])
-        for name in specials:
+        self.known.maps.append({        # not before: keys of the files win
+            "pid": os.getpid(), "hostname": socket.gethostname(), "pwd": os.getcwd(),
+            "script": os.path.splitext(os.path.basename(sys.argv[0]))[0]})
+        for name in self.known.maps[-1]:
             self.queue.extend(self.waiting.pop(name, ()))
         self.work()
         if self.waiting:
             raise self.undefined()
 
     def work(self):
-        actions = {"": self.define, "if": self.choose, "for": self.repeat, "error": self.fail,
-                   "include": self.include, "from": self.take}
+        actions = {"": self.define, "#if": self.choose, "#for": self.repeat, "#error": self.fail,
+                   "#include": self.include, "#from": self.take}
         while self.queue:
-            statement = self.queue.popleft()
+            line = self.queue.popleft()
             try:
-                actions[statement[0].word](*statement)
+                actions[line.word](line)
             except KeyError as unknown:         # of self.known: a variable that has no value yet
-                self.waiting.setdefault(unknown.args[0], []).append(statement)
+                self.waiting.setdefault(unknown.args[0], []).append(line)
 
-    def spend(self, characters, line):
-        """Count what is read and made; raise SettingsError where it grows without bound."""
-        self.cost += characters
+    def counted(self, text, line, more=0):
+        """Return what is read or made; raise SettingsError where all of it grows without bound."""
+        self.cost += len(text) + more
         if self.cost > MOST_CHARACTERS:
             raise line.wrong("more than %d characters in all; expected less of ${}, #for and "
                              "#include" % MOST_CHARACTERS)
+        return text
 
     def read(self, paths, line):
-        """Queue the statements of the first file that can be read, before all others."""
+        """Queue the lines of the first file that can be read."""
         path, data = first_file(paths, line)
         files = line.files + (path,)
         if os.path.realpath(path) in map(os.path.realpath, line.files):
             raise line.wrong("a file includes itself: %s" % " -> ".join(files))
         if len(files) > DEEPEST:
             raise line.wrong("files include each other more than %d deep" % DEEPEST)
-        self.spend(len(data) + FILE_COST, line)
-        self.push(logical_lines(data, path, files), line)
+        self.counted(data, line, FILE_COST)
+        self.push(list(logical_lines(data, path, files)), line)
 
     def push(self, lines, origin):
-        lines = list(lines)
-        self.spend(sum(LINE_COST + len(line.text) for line in lines), origin)
-        self.queue.extendleft(reversed(list(statements(lines))))
+        """Queue lines before all others, blocks taken together."""
+        self.counted("", origin, sum((LINE_COST + len(line.text) for line in lines), LINE_COST))
+        rest = iter(lines)              # statement() takes the lines of a block from it as well
+        self.queue.extendleft(reversed([statement(line, rest) for line in rest]))
 
-    def filled(self, text, line):
-        """Return the text with its variables filled in, in one pass; raise KeyError."""
-        def value(match):
-            found = str(self.known[match.group(1)])
-            self.spend(len(found), line)
-            return found
-
-        self.spend(len(text), line)
-        return VARIABLE.sub(value, text)
+    def filled(self, line):
+        """Return what the line says with its variables filled in, in one pass; raise KeyError."""
+        return VARIABLE.sub(lambda match: self.counted(str(self.known[match.group(1)]), line),
+                            self.counted(line.rest, line))
 
     def calculated(self, text, line):
         """Return the text with each $(( EXPRESSION )) replaced by its value."""
-        pieces = text.split("$((")
-        for index, piece in enumerate(pieces[1:], 1):
+        text, *pieces = text.split("$((")
+        for piece in pieces:
             depths = itertools.accumulate((char == "(") - (char == ")") for char in piece)
             end = next((at for at, depth in enumerate(depths) if depth < 0), len(piece))
             if not piece.startswith("))", end):
                 raise line.wrong("$(( without its )) in %r" % line.text)
-            result = str(self.evaluated(piece[:end], line))
-            self.spend(len(result), line)
-            pieces[index] = result + piece[end + 2:]
-        return "".join(pieces)
+            text += self.counted(str(self.evaluated(piece[:end], line)), line) + piece[end + 2:]
+        return text
 
     def evaluated(self, text, line):
         try:
@@ -647,8 +628,7 @@ class Reader:
             raise line.wrong("%.200r: %s" % (text.strip(), error)) from None
 
     def define(self, line):
-        text = self.calculated(self.filled(uncommented(line.text), line), line)
-        key, colon, value = text.partition(":")
+        key, colon, value = self.calculated(self.filled(line), line).partition(":")
         if not colon:
             raise line.wrong("no ':' in %r; expected 'key : value'" % line.text.strip())
         self.put(key.strip(), value.strip(), line)
@@ -660,60 +640,56 @@ class Reader:
         self.settings.set(key, value, line.filename, line.lineno)
         self.queue.extend(self.waiting.pop(key, ()))
 
-    def choose(self, *block):
-        for header, *body in branches(block):
-            if header.word == "else" or self.evaluated(
-                    self.filled(header.rest, header).rstrip(" :"), header):
+    def choose(self, line):
+        for header, *body in line.branches:
+            if header.word == "#else" or self.evaluated(self.filled(header).rstrip(" :"), header):
                 return self.push(body, header)
 
-    def repeat(self, line, *body):
-        name, *words = self.filled(line.rest, line).rstrip(" :").split() or [""]
+    def repeat(self, line):
+        name, *words = self.filled(line).rstrip(" :").split() or [""]
         if words[:1] != ["in"]:
             raise line.wrong("%r; expected '#for NAME in WORD WORD ...'" % line.text)
+        body = line.branches[0][1:]
         for word in reversed(words[1:]):
-            self.spend(LINE_COST + sum(inner.text.count(name) * len(word) for inner in body), line)
-            self.push([inner._replace(text=inner.text.replace(name, word)) for inner in body[:-1]],
-                      line)
+            self.counted(word, line, sum(inner.text.count(name) * len(word) for inner in body))
+            self.push([inner._replace(text=inner.text.replace(name, word)) for inner in body], line)
 
     def fail(self, line):
-        raise line.wrong(self.filled(line.rest, line).replace("\\n", "\n").replace("\\t", "    "))
+        raise line.wrong(self.filled(line).replace("\\n", "\n").replace("\\t", "    "))
 
     def include(self, line):
-        name = self.filled(line.rest, line)
-        beside = os.path.join(os.path.dirname(line.filename), name)
-        main = os.path.join(os.path.dirname(line.files[0]), name)
+        name = self.filled(line)
+        beside, main = (os.path.join(os.path.dirname(of), name)
+                        for of in (line.filename, line.files[0]))
         self.read([beside] if name.startswith("./") else [name, beside, main], line)
 
     def take(self, line):
-        name, _, keys = self.filled(line.rest, line).replace("\t", " ").partition(" import ")
+        name, _, keys = self.filled(line).replace("\t", " ").partition(" import ")
         keys = keys.split()
         if not keys:
             raise line.wrong("%r; expected '#from FILE import KEY ...' or '... KEY as NAME'"
                              % line.text)
         path = os.path.join(os.path.dirname(line.filename), name.strip())
-        other = Reader(path, line, self.env, self.environ, self.cost)
-        self.cost = other.cost
-        renamed = len(keys) == 3 and keys[1] == "as"
-        for key, name in [keys[::2]] if renamed else zip(keys, keys):
-            if key not in other.settings:
-                raise line.wrong("no key %.200r in %s%s" % (
-                    key, path, near(key, other.settings.keys())))
-            self.put(name, other.settings.get(key, "str"), line)
+        other = Reader(path, line, self.outside, self.cost)
+        self.cost, found = other.cost, other.settings
+        for key, name in [keys[::2]] if keys[1:-1] == ["as"] else zip(keys, keys):
+            if key not in found:
+                raise line.wrong("no key %.200r in %s%s" % (key, path, near(key, found.keys())))
+            self.put(name, found.get(key, "str"), line)
 
     def undefined(self):
         """Return the error for a variable that nobody defines, or else for one that needs itself.
 
         Directives go first: what others wait for may stand in their bodies.
         """
-        first = {name: group[0][0] for name, group in self.waiting.items()}
-        pending = {statement[0].text.partition(":")[0].strip()
-                   for group in self.waiting.values() for statement in group}
-        name = min(first, key=lambda name: (
-            name in pending, not first[name].word, first[name][1:3]))
+        pending = {line.text.partition(":")[0].strip() for line in chain(*self.waiting.values())}
+        name = min(self.waiting, key=lambda name: (
+            name in pending, not self.waiting[name][0].word))
+        line = self.waiting[name][0]
         if name in pending:
-            return first[name].wrong("${%s} needs itself; expected a value that does not" % name)
-        return first[name].wrong("${%s} is not defined%s; expected a key of that name, or a "
-                                 "variable of the environment" % (name, near(name, self.known)))
+            return line.wrong("${%s} needs itself; expected a value that does not" % name)
+        return line.wrong("${%s} is not defined%s; expected a key of that name, or a variable of "
+                          "the environment" % (name, near(name, self.known)))
 
 
 def read_settings(filename, env={}, environ=os.environ):
@@ -722,7 +698,7 @@ def read_settings(filename, env={}, environ=os.environ):
     `env` are variables for ${NAME}, of any type; they go before those of the environment.
     """
     name = os.fsdecode(filename)
-    return Reader(name, Line("", name, 0, ()), env, environ).settings
+    return Reader(name, Line("", name, 0, ()), collections.ChainMap(env, environ)).settings
 
 
 def write_settings(settings, filename):
