@@ -91,10 +91,10 @@ log = logging.getLogger("cso_dataspace")
 class DataSpaceError(Exception):
     """Base of all errors that this module raises for what a user, a file or a service did.
 
-    `temporary` tells whether trying again later may help.
+    `temporary` tells whether trying again later may help, `fatal` whether a batch must end.
     """
 
-    temporary = False
+    temporary = fatal = False
 
 
 class SettingsError(DataSpaceError):
@@ -117,13 +117,15 @@ class CatalogueError(DataSpaceError):
 class LoginError(DataSpaceError):
     """There are no credentials, or the service refused them.  Never tried again."""
 
+    fatal = True
+
 
 class FileError(DataSpaceError):
-    """A file can't be written; `full` tells that the disk or quota is exhausted."""
+    """A file can't be written; `fatal` where the disk or quota is exhausted."""
 
-    def __init__(self, message, full=False):
+    def __init__(self, message, fatal=False):
         super().__init__(message)
-        self.full = full
+        self.fatal = fatal
 
 
 class CheckError(DataSpaceError):
@@ -145,6 +147,12 @@ class HttpError(DataSpaceError):
 
 class Stopped(DataSpaceError):
     """The run was asked to stop."""
+
+    fatal = True
+
+
+# What reading JSON of any shape may raise.
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 ################ Files ################
@@ -209,6 +217,7 @@ def directory_mode(dmode):
     """Return the mode meant by 0o775, 777, "777" or "0o775"; None for None or empty.
 
     A mode that shuts out the owner is never meant, so such a number is digits read as octal.
+    Raises ValueError.
     """
     if dmode is None or dmode == "":
         return None
@@ -217,8 +226,7 @@ def directory_mode(dmode):
     except ValueError:
         mode = -1
     if not 0 <= mode <= 0o7777:
-        raise SettingsError("dmode: %r is no mode of a directory; expected octal digits such as "
-                            "0o775" % (dmode,))
+        raise ValueError("is no mode of a directory; expected octal digits such as 0o775")
     return mode
 
 
@@ -237,10 +245,9 @@ def parse_expression(text):
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError("no expression (%s)" % getattr(error, "msg", error)) from None
-    for node in ast.walk(tree):
-        name = getattr(node, "attr", type(node).__name__)
-        if name not in NODES and name not in OPERATORS and name not in METHODS:
-            raise ValueError("%s is not allowed in an expression" % name)
+    others = {getattr(node, "attr", kind(node)) for node in ast.walk(tree)} - ALLOWED
+    if others:
+        raise ValueError("%s is not allowed in an expression" % ", ".join(sorted(others)))
     return tree
 
 
@@ -250,9 +257,9 @@ def evaluate(tree, names={}):
     Raises ValueError for anything that goes wrong.
     """
     def value(node):
-        result = value_of(node, value, names)
-        if callable(result):
-            raise ValueError("a function without its arguments")
+        if isinstance(node, ast.Name):
+            return known(node.id, names)
+        result = known(kind(node), RULES)(node, value)
         check_size(result.bit_length() if isinstance(result, int) else
                    len(result) if hasattr(result, "__len__") else 0)
         return result
@@ -268,44 +275,14 @@ def check_size(size):
         raise ValueError("more than %d characters, items or bits" % LARGEST)
 
 
-def value_of(node, value, names):
-    """Return the value of a node; `value` is the function that gives those of its parts."""
-    kind = type(node).__name__
-    if kind == "Name":
-        if node.id in names or node.id in FUNCTIONS:
-            return names[node.id] if node.id in names else FUNCTIONS[node.id]
-        raise ValueError("%s is not known%s; texts need quotes" % (node.id, near(node.id, names)))
-    if kind == "BoolOp":
-        for operand in node.values:
-            found = value(operand)
-            if bool(found) is isinstance(node.op, ast.Or):
-                break
-        return found
-    if kind == "Compare":
-        sides = [value(side) for side in [node.left] + node.comparators]
-        return all(OPERATORS[type(operation).__name__](left, right)
-                   for operation, left, right in zip(node.ops, sides, sides[1:]))
-    if kind == "BinOp":
-        return OPERATORS[type(node.op).__name__](value(node.left), value(node.right))
-    if kind == "UnaryOp":
-        return OPERATORS[type(node.op).__name__](value(node.operand))
-    if kind == "IfExp":
-        return value(node.body) if value(node.test) else value(node.orelse)
-    if kind == "Call":
-        return value_of(node.func, value, names)(*map(value, node.args))
-    if kind == "Attribute":
-        return lambda *arguments: METHODS[node.attr](value(node.value), *arguments)
-    if kind == "Subscript":
-        return value(node.value)[value(node.slice)]
-    if kind == "Index":                 # before Python 3.9
-        return value(node.value)
-    if kind == "Slice":
-        return slice(*(part and value(part) for part in (node.lower, node.upper, node.step)))
-    if kind == "Dict":
-        return dict(zip(map(value, node.keys), map(value, node.values)))
-    if kind in ("List", "Tuple", "Set"):
-        return {"List": list, "Tuple": tuple, "Set": set}[kind](map(value, node.elts))
-    return ast.literal_eval(node)
+def kind(node):
+    return type(node).__name__
+
+
+def known(name, names):
+    if name not in names:
+        raise ValueError("%s is not known%s; texts need quotes" % (name, near(name, names)))
+    return names[name]
 
 
 def near(name, names):
@@ -313,6 +290,29 @@ def near(name, names):
     short = [other for other in map(str, names) if len(other) < 100]
     found = difflib.get_close_matches(name[:100], short[:5000], 2)
     return " (near: %s)" % ", ".join(found) if found else ""
+
+
+def logical(node, value):
+    """Return the first operand of `and`, `or` that decides, without a look at those after it."""
+    for operand in node.values:
+        found = value(operand)
+        if bool(found) is isinstance(node.op, ast.Or):
+            break
+    return found
+
+
+def compared(node, value):
+    """Return whether all of a chain such as 1 < x <= 9 hold."""
+    sides = [value(side) for side in [node.left] + node.comparators]
+    return all(OPERATORS[kind(operation)](left, right)
+               for operation, left, right in zip(node.ops, sides, sides[1:]))
+
+
+def called(node, value):
+    """Return the value of a call; a method is a function of the text before its dot."""
+    if isinstance(node.func, ast.Attribute):
+        return METHODS[node.func.attr](*map(value, [node.func.value] + node.args))
+    return known(getattr(node.func, "id", kind(node.func)), FUNCTIONS)(*map(value, node.args))
 
 
 def multiplied(left, right):
@@ -341,8 +341,6 @@ def replaced(text, old, new, *count):
     return text.replace(old, new, *count)
 
 
-NODES = ("BoolOp And Or Compare BinOp UnaryOp IfExp Call Name Load Subscript Slice Index Dict List "
-         "Tuple Set Constant Num Str NameConstant").split()
 OPERATORS = {
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le,
     "Gt": operator.gt, "GtE": operator.ge, "Is": operator.is_, "IsNot": operator.is_not,
@@ -355,6 +353,21 @@ FUNCTIONS = {"int": int, "float": float, "str": str, "bool": bool, "len": len, "
              "max": max, "abs": abs, "round": rounded, "sum": lambda numbers: sum(numbers)}
 METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.lower,
            "upper": str.upper, "strip": str.strip, "split": str.split, "replace": replaced}
+RULES = {       # by the kind of a node, what it gives; value() gives what its parts do
+    "BoolOp": logical, "Compare": compared, "Call": called,
+    "BinOp": lambda node, value: OPERATORS[kind(node.op)](value(node.left), value(node.right)),
+    "UnaryOp": lambda node, value: OPERATORS[kind(node.op)](value(node.operand)),
+    "IfExp": lambda node, value: value(node.body if value(node.test) else node.orelse),
+    "Subscript": lambda node, value: value(node.value)[value(node.slice)],
+    "Index": lambda node, value: value(node.value),         # before Python 3.9
+    "Slice": lambda node, value: slice(*(at and value(at) for _, at in ast.iter_fields(node))),
+    "List": lambda node, value: list(map(value, node.elts)),
+    "Tuple": lambda node, value: tuple(map(value, node.elts)),
+    "Set": lambda node, value: set(map(value, node.elts)),
+    "Dict": lambda node, value: dict(zip(map(value, node.keys), map(value, node.values)))}
+RULES.update(dict.fromkeys("Constant Num Str NameConstant".split(),     # before 3.8 the last three
+                           lambda node, value: ast.literal_eval(node)))
+ALLOWED = {"Name", "Load", "And", "Or"}.union(RULES, OPERATORS, METHODS)
 
 
 ################ Typed values ################
@@ -362,52 +375,44 @@ METHODS = {"startswith": str.startswith, "endswith": str.endswith, "lower": str.
 BOOLEANS = {"T": True, "True": True, "yes": True, "1": True,
             "F": False, "False": False, "no": False, "0": False}
 LITERALS = {"int": int, "float": float, "list": list, "tuple": tuple, "dict": dict, "set": set}
+FAULTS = {"bool": "is no bool; expected one of " + " ".join(BOOLEANS),
+          "datetime": "is no time; expected yyyy-mm-dd HH:MM:SS (UTC), such as 2018-07-01 00:00"}
 
 
 def converted(text, totype):
     """Return the text of a value as type "str", "bool", "int", "datetime" etc.; raise ValueError.
 
-    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.
+    Numbers and lists may be expressions, `0o775` or `2*3`; an empty one is 0 or empty.  A time is
+    UTC: 2018-07-01, 2018-07-01 00:00 or 2018-07-01T00:00:00Z.
     """
     if totype == "" and text in ("T", "F", "True", "False"):
         raise ValueError("looks like a bool; ask for it as 'bool' or 'str'")
-    if totype in ("", "str"):
-        return text
-    if totype == "datetime":
-        return datetime_of(text)
-    if totype == "bool":
-        if text in BOOLEANS:
+    try:
+        if totype in ("", "str"):
+            return text
+        if totype == "bool":
             return BOOLEANS[text]
-        raise ValueError("is no bool; expected one of " + " ".join(BOOLEANS))
-    if totype not in LITERALS:
-        raise ValueError("can't be given as %r; expected str, bool, datetime, %s"
-                         % (totype, ", ".join(LITERALS)))
-    try:
-        return LITERALS[totype](*[evaluate(parse_expression(text))] if text.strip() else [])
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError("is no %s: %s" % (totype, error)) from None
-
-
-def datetime_of(text):
-    """Return the UTC time of a text: 2018-07-01, 2018-07-01 00:00 or 2018-07-01T00:00:00Z."""
-    words = re.sub(r"[-/:]|(?<=\d)T(?=\d)|Z$", " ", text.strip()).split()
-    try:
-        if 3 <= len(words) <= 7:
+        if totype == "datetime":
+            words = re.sub(r"[-/:]|(?<=\d)T(?=\d)|Z$", " ", text.strip()).split()
             return datetime.datetime(*map(int, words))
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError("is no time; expected yyyy-mm-dd HH:MM:SS (UTC), such as 2018-07-01 00:00")
+        if totype in LITERALS:
+            return LITERALS[totype](*[evaluate(parse_expression(text))] if text.strip() else [])
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise ValueError(FAULTS.get(totype, "is no %s: %s" % (totype, error))) from None
+    raise ValueError("can't be given as %r; expected str, bool, datetime, %s"
+                     % (totype, ", ".join(LITERALS)))
 
 
 ################ Settings ################
 
-# A file gives logical lines, these give statements, each a line or a block from #if or #for to its
-# end; a statement whose variables are not all known waits, so definitions may stand in any order.
+# A file gives logical lines, an #if or #for takes those to its end with it; a line whose variables
+# are not all known waits for them, so definitions may stand in any order.
 
 VARIABLE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
 MOST_CHARACTERS = 3 * 10 ** 7   # of all that is read, and made by ${}, $(( )), #for and #include
 LINE_COST, FILE_COST = 100, 5000        # characters that the shortest line and file count for
 DEEPEST = 100                   # files that include each other
+ENDS = {"#if": "#endif", "#for": "#endfor"}
 
 
 class Settings:
@@ -444,35 +449,47 @@ class Settings:
 
         `default`, if not None, is returned as it is for a key that is absent.
         """
-        if key in self:
-            try:
-                return converted(self.section[key], totype)
-            except ValueError as error:
-                raise SettingsError("%s: %.200r %s" % (key, self.section[key], error),
-                                    *self.places[key]) from None
-        if default is None:
+        if key not in self and default is not None:
+            return default
+        if key not in self:
             raise SettingsError("key %r is not there%s" % (key, near(key, self.keys())),
                                 self.filename)
-        return default
+        try:
+            return converted(self.section[key], totype)
+        except ValueError as error:
+            raise SettingsError("%s: %.200r %s" % (key, self.section[key], error),
+                                *self.places[key]) from None
 
 
 class Line(NamedTuple):
-    """A logical line, where it begins, and the files from the main one to this."""
+    """A logical line, where it begins, and the files from the main one to this.
+
+    An #if or #for has `branches`: lists of lines, the #if, #for, #elif or #else first.
+    """
 
     text: str
     filename: str
     lineno: int
     files: tuple
+    branches: tuple = ()
 
     @property
     def word(self):
-        """The directive in column zero, such as "if"; empty for an ordinary line."""
-        match = re.match(r"#(\w*)", self.text)
-        return match.group(1) or "#" if match else ""
+        """The directive in column zero, such as "#if"; empty for an ordinary line."""
+        return re.match(r"(#\w*)?", self.text).group()
 
     @property
     def rest(self):
-        return self.text[len(self.word) + 1:].strip()
+        """What follows the directive; of an ordinary line all but its comment.
+
+        A comment begins at the first "!" of the value, but "\\!" is a literal "!", and where there
+        is one, nothing is cut.
+        """
+        if self.word:
+            return self.text[len(self.word):].strip()
+        key, colon, value = self.text.partition(":")
+        value = value.replace("\\!", "!") if "\\!" in value else value.partition("!")[0]
+        return key + colon + value
 
     def wrong(self, message):
         return SettingsError(message[:2000], self.filename, self.lineno)
@@ -486,8 +503,8 @@ def first_file(paths, line):
             with open(path, "rb") as source:
                 return path, source.read(MOST_CHARACTERS + 1)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            tried.append("%s (%s)" % (os.path.abspath(path)[-500:], reason))
+            tried.append("%s (%s)" % (os.path.abspath(path)[-500:],
+                                      getattr(error, "strerror", None) or error))
     raise line.wrong("%s can't be read; tried %s" % (line.text or "settings", ", ".join(tried)))
 
 
@@ -497,140 +514,112 @@ def logical_lines(data, filename, files):
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    physical = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    pieces, first = [], 1
-    for lineno, text in enumerate(physical, 1):
+    pieces = []
+    for lineno, text in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
         text = text.rstrip()
-        piece = (text.strip() if pieces else text).rstrip("\\").rstrip()
-        if piece or not pieces:
-            pieces.append(piece)
-        if text.endswith("\\") and lineno < len(physical):
-            continue
-        line = Line(" ".join(pieces).rstrip(), filename, first, files)
-        if "\0" in line.text:
-            raise line.wrong("a NUL byte; expected a text file in UTF-8")
-        if line.text and not line.text.lstrip().startswith("!"):
-            yield line
-        pieces, first = [], lineno + 1
+        pieces.append(text.rstrip("\\").rstrip())
+        if not text.endswith("\\"):
+            text = " ".join(pieces[:1] + [piece.lstrip() for piece in pieces[1:] if piece]).rstrip()
+            line = Line(text, filename, lineno + 1 - len(pieces), files)
+            if "\0" in text:
+                raise line.wrong("a NUL byte; expected a text file in UTF-8")
+            if text and not text.lstrip().startswith("!"):
+                yield line
+            pieces = []
 
 
-def statements(lines):
-    """Yield each statement as a list of lines: one, or all from an #if or #for to its end."""
-    statement, openers = [], []
-    for line in lines:
-        if not openers and line.word not in ("", "if", "for", "error", "include", "from"):
-            raise line.wrong("%r is out of place; expected #include, #from, #if, #for or #error "
-                             "(a comment begins with !)" % line.text)
-        statement.append(line)
-        if line.word in ("if", "for"):
-            openers.append(line)
-        elif line.word in ("endif", "endfor"):
+def statement(line, lines):
+    """Return the line; an #if or #for with its branches, taken from `lines` up to its end."""
+    if line.word in ("", "#error", "#include", "#from"):
+        return line
+    if line.word not in ENDS:
+        raise line.wrong("%r is out of place; expected #include, #from, #if, #for or #error "
+                         "(a comment begins with !)" % line.text)
+    branches, openers = [[line]], [line]
+    for inner in lines:
+        if inner.word in ENDS:
+            openers.append(inner)
+        elif inner.word in ENDS.values():
             opener = openers.pop()
-            if line.word != "end" + opener.word:
-                raise line.wrong("#%s ends the #%s of line %d; expected #end%s" % (
-                    line.word, opener.word, opener.lineno, opener.word))
-        if not openers:
-            yield statement
-            statement = []
-    if openers:
-        raise openers[-1].wrong("#%s without an end; expected #end%s" % ((openers[-1].word,) * 2))
-
-
-def branches(block):
-    """Return the branches of an #if as lists of lines: #if, #elif or #else, and what follows."""
-    found, depth = [], 0
-    for line in block[:-1]:
-        if depth == 1 and line.word in ("elif", "else") or not found:
-            found.append([])
-        found[-1].append(line)
-        depth += (line.word in ("if", "for")) - (line.word in ("endif", "endfor"))
-    return found
-
-
-def uncommented(text):
-    """Return a line as written without its trailing comment, which begins at a "!" in the value.
-
-    Where the value has an escaped "\\!", a literal "!", nothing is cut.
-    """
-    key, colon, value = text.partition(":")
-    value = value.replace("\\!", "!") if "\\!" in value else value.partition("!")[0]
-    return key + colon + value
+            if inner.word != ENDS[opener.word]:
+                raise inner.wrong("%s ends the %s of line %d; expected %s" % (
+                    inner.word, opener.word, opener.lineno, ENDS[opener.word]))
+            if not openers:
+                return line._replace(branches=branches)
+        elif line.word == "#if" and openers == [line] and inner.word in ("#elif", "#else"):
+            branches.append([])
+        branches[-1].append(inner)
+    raise line.wrong("%s without an end; expected %s" % (line.word, ENDS[line.word]))
 
 
 class Reader:
     """Reads a file with all it includes into `settings`; `origin` is the line that asks for it."""
 
-    def __init__(self, path, origin, env, environ, cost=0):
-        self.env, self.environ, self.cost = env, environ, cost
-        self.settings, specials = Settings(path), {}
-        self.known = collections.ChainMap(env, environ, self.settings.section, specials)
+    def __init__(self, path, origin, outside, cost=0):
+        self.outside, self.cost, self.settings = outside, cost, Settings(path)
+        self.known = collections.ChainMap(outside, self.settings.section)
         self.queue, self.waiting = collections.deque(), {}
         self.read([path], origin)
         self.work()
-        specials.update(                # last: keys of the files go before them
-            pid=os.getpid(), hostname=socket.gethostname(), pwd=os.getcwd(),
-            script=os.path.splitext(os.path.basename(sys.argv[0]))[0])
-        for name in specials:
+        self.known.maps.append({        # not before: keys of the files win
+            "pid": os.getpid(), "hostname": socket.gethostname(), "pwd": os.getcwd(),
+            "script": os.path.splitext(os.path.basename(sys.argv[0]))[0]})
+        for name in self.known.maps[-1]:
             self.queue.extend(self.waiting.pop(name, ()))
         self.work()
         if self.waiting:
             raise self.undefined()
 
     def work(self):
-        actions = {"": self.define, "if": self.choose, "for": self.repeat, "error": self.fail,
-                   "include": self.include, "from": self.take}
+        actions = {"": self.define, "#if": self.choose, "#for": self.repeat, "#error": self.fail,
+                   "#include": self.include, "#from": self.take}
         while self.queue:
-            statement = self.queue.popleft()
+            line = self.queue.popleft()
             try:
-                actions[statement[0].word](*statement)
+                actions[line.word](line)
             except KeyError as unknown:         # of self.known: a variable that has no value yet
-                self.waiting.setdefault(unknown.args[0], []).append(statement)
+                self.waiting.setdefault(unknown.args[0], []).append(line)
 
-    def spend(self, characters, line):
-        """Count what is read and made; raise SettingsError where it grows without bound."""
-        self.cost += characters
+    def counted(self, text, line, more=0):
+        """Return what is read or made; raise SettingsError where all of it grows without bound."""
+        self.cost += len(text) + more
         if self.cost > MOST_CHARACTERS:
             raise line.wrong("more than %d characters in all; expected less of ${}, #for and "
                              "#include" % MOST_CHARACTERS)
+        return text
 
     def read(self, paths, line):
-        """Queue the statements of the first file that can be read, before all others."""
+        """Queue the lines of the first file that can be read."""
         path, data = first_file(paths, line)
         files = line.files + (path,)
         if os.path.realpath(path) in map(os.path.realpath, line.files):
             raise line.wrong("a file includes itself: %s" % " -> ".join(files))
         if len(files) > DEEPEST:
             raise line.wrong("files include each other more than %d deep" % DEEPEST)
-        self.spend(len(data) + FILE_COST, line)
-        self.push(logical_lines(data, path, files), line)
+        self.counted(data, line, FILE_COST)
+        self.push(list(logical_lines(data, path, files)), line)
 
     def push(self, lines, origin):
-        lines = list(lines)
-        self.spend(sum(LINE_COST + len(line.text) for line in lines), origin)
-        self.queue.extendleft(reversed(list(statements(lines))))
+        """Queue lines before all others, blocks taken together."""
+        self.counted("", origin, sum((LINE_COST + len(line.text) for line in lines), LINE_COST))
+        rest = iter(lines)              # statement() takes the lines of a block from it as well
+        self.queue.extendleft(reversed([statement(line, rest) for line in rest]))
 
-    def filled(self, text, line):
-        """Return the text with its variables filled in, in one pass; raise KeyError."""
-        def value(match):
-            found = str(self.known[match.group(1)])
-            self.spend(len(found), line)
-            return found
-
-        self.spend(len(text), line)
-        return VARIABLE.sub(value, text)
+    def filled(self, line):
+        """Return what the line says with its variables filled in, in one pass; raise KeyError."""
+        return VARIABLE.sub(lambda match: self.counted(str(self.known[match.group(1)]), line),
+                            self.counted(line.rest, line))
 
     def calculated(self, text, line):
         """Return the text with each $(( EXPRESSION )) replaced by its value."""
-        pieces = text.split("$((")
-        for index, piece in enumerate(pieces[1:], 1):
+        text, *pieces = text.split("$((")
+        for piece in pieces:
             depths = itertools.accumulate((char == "(") - (char == ")") for char in piece)
             end = next((at for at, depth in enumerate(depths) if depth < 0), len(piece))
             if not piece.startswith("))", end):
                 raise line.wrong("$(( without its )) in %r" % line.text)
-            result = str(self.evaluated(piece[:end], line))
-            self.spend(len(result), line)
-            pieces[index] = result + piece[end + 2:]
-        return "".join(pieces)
+            text += self.counted(str(self.evaluated(piece[:end], line)), line) + piece[end + 2:]
+        return text
 
     def evaluated(self, text, line):
         try:
@@ -639,8 +628,7 @@ class Reader:
             raise line.wrong("%.200r: %s" % (text.strip(), error)) from None
 
     def define(self, line):
-        text = self.calculated(self.filled(uncommented(line.text), line), line)
-        key, colon, value = text.partition(":")
+        key, colon, value = self.calculated(self.filled(line), line).partition(":")
         if not colon:
             raise line.wrong("no ':' in %r; expected 'key : value'" % line.text.strip())
         self.put(key.strip(), value.strip(), line)
@@ -652,60 +640,56 @@ class Reader:
         self.settings.set(key, value, line.filename, line.lineno)
         self.queue.extend(self.waiting.pop(key, ()))
 
-    def choose(self, *block):
-        for header, *body in branches(block):
-            if header.word == "else" or self.evaluated(
-                    self.filled(header.rest, header).rstrip(" :"), header):
+    def choose(self, line):
+        for header, *body in line.branches:
+            if header.word == "#else" or self.evaluated(self.filled(header).rstrip(" :"), header):
                 return self.push(body, header)
 
-    def repeat(self, line, *body):
-        name, *words = self.filled(line.rest, line).rstrip(" :").split() or [""]
+    def repeat(self, line):
+        name, *words = self.filled(line).rstrip(" :").split() or [""]
         if words[:1] != ["in"]:
             raise line.wrong("%r; expected '#for NAME in WORD WORD ...'" % line.text)
+        body = line.branches[0][1:]
         for word in reversed(words[1:]):
-            self.spend(LINE_COST + sum(inner.text.count(name) * len(word) for inner in body), line)
-            self.push([inner._replace(text=inner.text.replace(name, word)) for inner in body[:-1]],
-                      line)
+            self.counted(word, line, sum(inner.text.count(name) * len(word) for inner in body))
+            self.push([inner._replace(text=inner.text.replace(name, word)) for inner in body], line)
 
     def fail(self, line):
-        raise line.wrong(self.filled(line.rest, line).replace("\\n", "\n").replace("\\t", "    "))
+        raise line.wrong(self.filled(line).replace("\\n", "\n").replace("\\t", "    "))
 
     def include(self, line):
-        name = self.filled(line.rest, line)
-        beside = os.path.join(os.path.dirname(line.filename), name)
-        main = os.path.join(os.path.dirname(line.files[0]), name)
+        name = self.filled(line)
+        beside, main = (os.path.join(os.path.dirname(of), name)
+                        for of in (line.filename, line.files[0]))
         self.read([beside] if name.startswith("./") else [name, beside, main], line)
 
     def take(self, line):
-        name, _, keys = self.filled(line.rest, line).replace("\t", " ").partition(" import ")
+        name, _, keys = self.filled(line).replace("\t", " ").partition(" import ")
         keys = keys.split()
         if not keys:
             raise line.wrong("%r; expected '#from FILE import KEY ...' or '... KEY as NAME'"
                              % line.text)
         path = os.path.join(os.path.dirname(line.filename), name.strip())
-        other = Reader(path, line, self.env, self.environ, self.cost)
-        self.cost = other.cost
-        renamed = len(keys) == 3 and keys[1] == "as"
-        for key, name in [keys[::2]] if renamed else zip(keys, keys):
-            if key not in other.settings:
-                raise line.wrong("no key %.200r in %s%s" % (
-                    key, path, near(key, other.settings.keys())))
-            self.put(name, other.settings.get(key, "str"), line)
+        other = Reader(path, line, self.outside, self.cost)
+        self.cost, found = other.cost, other.settings
+        for key, name in [keys[::2]] if keys[1:-1] == ["as"] else zip(keys, keys):
+            if key not in found:
+                raise line.wrong("no key %.200r in %s%s" % (key, path, near(key, found.keys())))
+            self.put(name, found.get(key, "str"), line)
 
     def undefined(self):
         """Return the error for a variable that nobody defines, or else for one that needs itself.
 
         Directives go first: what others wait for may stand in their bodies.
         """
-        first = {name: group[0][0] for name, group in self.waiting.items()}
-        pending = {statement[0].text.partition(":")[0].strip()
-                   for group in self.waiting.values() for statement in group}
-        name = min(first, key=lambda name: (
-            name in pending, not first[name].word, first[name][1:3]))
+        pending = {line.text.partition(":")[0].strip() for line in chain(*self.waiting.values())}
+        name = min(self.waiting, key=lambda name: (
+            name in pending, not self.waiting[name][0].word))
+        line = self.waiting[name][0]
         if name in pending:
-            return first[name].wrong("${%s} needs itself; expected a value that does not" % name)
-        return first[name].wrong("${%s} is not defined%s; expected a key of that name, or a "
-                                 "variable of the environment" % (name, near(name, self.known)))
+            return line.wrong("${%s} needs itself; expected a value that does not" % name)
+        return line.wrong("${%s} is not defined%s; expected a key of that name, or a variable of "
+                          "the environment" % (name, near(name, self.known)))
 
 
 def read_settings(filename, env={}, environ=os.environ):
@@ -714,7 +698,7 @@ def read_settings(filename, env={}, environ=os.environ):
     `env` are variables for ${NAME}, of any type; they go before those of the environment.
     """
     name = os.fsdecode(filename)
-    return Reader(name, Line("", name, 0, ()), env, environ).settings
+    return Reader(name, Line("", name, 0, ()), collections.ChainMap(env, environ)).settings
 
 
 def write_settings(settings, filename):
@@ -808,14 +792,14 @@ class Box(NamedTuple):
         try:
             box = cls(*(float(number) for number in text.split(",")))
         except (TypeError, ValueError):
-            raise ValueError("four numbers expected: west,south,east,north in degrees") from None
+            raise ValueError("is no area; expected west,south,east,north in degrees") from None
         if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
-            raise ValueError("west and east must be within -360 and 360 degrees")
+            raise ValueError("is no area; expected west and east within -360 and 360 degrees")
         if not -90 <= box.south <= box.north <= 90:
-            raise ValueError("south,north must be -90 <= south <= north <= 90 (the order is "
-                             "west,south,east,north)")
+            raise ValueError("is no area; expected west,south,east,north with -90 <= south <= north "
+                             "<= 90")
         if abs(box.east - box.west) > 360:
-            raise ValueError("an area is at most 360 degrees wide")
+            raise ValueError("is no area; expected one at most 360 degrees wide")
         return box
 
 
@@ -942,8 +926,6 @@ SLACK = 1e-9     # degrees, 0.1 mm: above the rounding of x + 360 (6e-14), below
 BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel of S5P (3.5 km)
 ROUNDING = 1e-6  # share: by which half a sphere, or a whole one, may seem too large
 HALF = 0.5 + ROUNDING
-
-UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring and its holes
     "Polygon": lambda coordinates: [coordinates],
@@ -1390,12 +1372,11 @@ CA_BUNDLES = (
 
 
 class Request(NamedTuple):
-    """A request to a catalogue; `since` and `skip` say where in the list its page begins."""
+    """A request to a catalogue; `place` is where in the list it goes on, as its adapter counts."""
 
     url: str
     body: object = None         # sent as JSON by POST; None: GET
-    since: object = None
-    skip: int = 0
+    place: object = None
 
 
 class Retry(NamedTuple):
@@ -1459,22 +1440,21 @@ def service_message(body):
     text = body[:4096].decode("utf-8", "replace")
     try:
         said = json.loads(text)
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         said = re.sub(r"(?s)<(script|style|head).*?</\1>|<[^>]*>", " ", text)
     return " ".join(words_of(said).split())[:300]
 
 
 def words_of(said):
     """Return the words in a decoded error body; nested forms are read inside out."""
+    if isinstance(said, dict):
+        said_by_key = [words_of(said.get(key)) for key in (
+            "ErrorMessage", "error_description", "message", "description", "msg", "code", "loc",
+            "ErrorDetail", "detail", "error")]
+        return ": ".join(filter(None, said_by_key))
     if isinstance(said, list):
-        return "; ".join(words_of(item) for item in said)
-    if not isinstance(said, dict):
-        return "" if said is None else str(said)
-    keys = ("ErrorMessage", "error_description", "message", "description", "msg", "code", "loc",
-            "ErrorDetail", "detail", "error")
-    found = [words_of(said[key]) for key in keys
-             if said.get(key) and not (key == "error" and "error_description" in said)]
-    return ": ".join(word for word in found if word)
+        return "; ".join(map(words_of, said))
+    return "" if said is None else str(said)
 
 
 def retry_after(headers, now=time.time):
@@ -1493,54 +1473,31 @@ def ca_context():
     """Return a TLS context that verifies, with the system's authorities wherever they are."""
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
-    if paths.cafile or (paths.capath and os.path.isdir(paths.capath) and os.listdir(paths.capath)):
-        return context
-    if context.cert_store_stats()["x509_ca"]:
+    if (context.cert_store_stats()["x509_ca"] or paths.cafile
+            or paths.capath and os.path.isdir(paths.capath) and os.listdir(paths.capath)):
         return context
     bundles = [path for path in CA_BUNDLES if os.path.exists(path)]
     if not bundles:
-        try:
+        with contextlib.suppress(ImportError):
             import certifi
-            bundles = [certifi.where()]
-        except ImportError:
-            return context
-    context.load_verify_locations(bundles[0])
+            bundles.append(certifi.where())
+    if bundles:
+        context.load_verify_locations(bundles[0])
     return context
 
 
 class Connections(urllib.request.AbstractHTTPHandler):
-    """Opens connections for urllib and remembers their sockets, so that a stop can cut them."""
+    """Opens connections for urllib; the first one over TLS makes the context for all."""
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def __init__(self):
-        super().__init__()
-        self.sockets = weakref.WeakSet()
-        self.context = None
-
-    def tracked(self, connection):
-        sockets = self.sockets
-
-        class Tracked(connection):
-            def connect(self):
-                super().connect()
-                sockets.add(self.sock)
-
-        return Tracked
+    context = None
 
     def http_open(self, request):
-        return self.do_open(self.tracked(http.client.HTTPConnection), request)
+        return self.do_open(http.client.HTTPConnection, request)
 
     def https_open(self, request):
         self.context = self.context or ca_context()
-        return self.do_open(self.tracked(http.client.HTTPSConnection), request,
-                            context=self.context)
-
-    def cut(self):
-        for connected in list(self.sockets):
-            # it may be closed by the other side, or by the thread that used it
-            with contextlib.suppress(OSError, ValueError):
-                connected.shutdown(socket.SHUT_RDWR)
+        return self.do_open(http.client.HTTPSConnection, request, context=self.context)
 
 
 class Proxies(urllib.request.ProxyHandler):
@@ -1561,11 +1518,10 @@ class Http:
 
     def __init__(self, timeout=60, trusted=()):
         self.timeout, self.trusted = timeout, [host.lower() for host in trusted]
-        self.connections = Connections()
         # No OpenerDirector of build_opener: that one follows redirects with the token in the
         # headers, and opens file: and ftp: urls.
         self.opener = urllib.request.OpenerDirector()
-        for handler in (Proxies(), urllib.request.UnknownHandler(), self.connections):
+        for handler in (Proxies(), urllib.request.UnknownHandler(), Connections()):
             self.opener.add_handler(handler)
 
     def send(self, url, headers, data):
@@ -1635,17 +1591,15 @@ def proxy_of(url):
 
 def status_error(url, response):
     """Return the HttpError for an answer with a failure status, and close it."""
-    body = b""
+    status, body = response.status, b""
     with response, contextlib.suppress(HttpError):      # a part of what it says will do
         for data in chunks(response, url, 5):
             body += data
             if len(body) > 4096:
                 break
-    status = response.status
+    said = service_message(body)
     if status in REDIRECTS:
         said = "redirected to " + shown(response.headers.get("Location") or "nowhere")
-    else:
-        said = service_message(body)
     wait = retry_after(response.headers)
     temporary = status in (408, 429) or status >= 500
     if temporary and (wait or 0) > LONGEST_RETRY_AFTER:
@@ -1714,7 +1668,6 @@ def retrying(what, action, retry, sleep):
 
 TOKEN_URL = "https://identity.%s/auth/realms/CDSE/protocol/openid-connect/token" % DOMAIN
 NETRC_HOSTS = tuple(name + DOMAIN for name in ("zipper.", "download.", "identity.", ""))
-LOOKS = 1000                    # at a claim, in 200 s; then this process logs in as well
 CLAIM_AGE = 60                  # seconds after which another process's login counts as dead
 
 
@@ -1811,7 +1764,7 @@ def parse_grant(body, began):
     try:
         answer = json.loads(body.decode("utf-8"))
         access, seconds = answer["access_token"], float(answer.get("expires_in", 600))
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+    except UNREADABLE:
         raise HttpError("token service: the answer holds no token", temporary=True) from None
     if not is_token(access) or not seconds > 0:
         raise HttpError("token service: the answer holds no usable token", temporary=True)
@@ -1832,7 +1785,6 @@ class TokenCache:
 
     def __init__(self, path, account, now=time.time):
         self.path, self.account, self.now = path, account, now
-        self.claim = path + ".login"
 
     def read(self, clock):
         """Return the shared Grant on the given clock, or None."""
@@ -1847,8 +1799,7 @@ class TokenCache:
             return Grant(kept["access"], kept["refresh"], clock() + left, kept["seconds"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, OverflowError,
-                RecursionError) as error:
+        except (OSError,) + UNREADABLE as error:
             log.warning("%s: no usable token in it (%s)", self.path, type(error).__name__)
             return None
 
@@ -1858,23 +1809,24 @@ class TokenCache:
         with replacing(self.path, 0o600) as out:
             json.dump(kept, out)
 
-    def may_login(self):
-        """Return whether this process should ask for a token now, and no other one is at it."""
-        with contextlib.suppress(OSError):
-            if abs(self.now() - os.stat(self.claim).st_mtime) > CLAIM_AGE:
-                os.unlink(self.claim)
+    @contextlib.contextmanager
+    def claimed(self, sleep):
+        """Hold the file that tells other processes to wait; one of a dead process is removed."""
+        claim = self.path + ".login"
+        with file_errors(claim):
+            while True:
+                try:
+                    os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                    break
+                except FileExistsError:
+                    sleep(0.2)
+                with contextlib.suppress(FileNotFoundError):
+                    if abs(self.now() - os.stat(claim).st_mtime) > CLAIM_AGE:
+                        os.unlink(claim)
         try:
-            with file_errors(self.claim):
-                os.close(os.open(self.claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            return True
-        except FileError:
-            if os.path.exists(self.claim):
-                return False
-            raise
-
-    def login_done(self):
-        discard(self.claim)
-
+            yield
+        finally:
+            discard(claim)
 
 class Token:
     """Keeps one access token for all threads and renews it before it expires.
@@ -1936,28 +1888,18 @@ class Token:
     def renew(self):
         if self.cache is None:
             self.grant = self.ask()
-            return
-        stale = self.grant.access if self.grant else None
-        for _ in range(LOOKS):          # while another process logs in
-            grant = self.shared(stale)
-            if grant is not None or self.cache.may_login():
-                break
-            self.sleep(0.2)
-        if grant is None:
-            try:
-                # whoever held the claim before may have brought one just now
-                grant = self.shared(stale) or self.ask()
-                self.cache.write(grant, self.clock)
-            finally:
-                self.cache.login_done()
-        self.grant = grant
+        elif not self.take_shared():
+            with self.cache.claimed(self.sleep):        # one process logs in, others wait here
+                if not self.take_shared():
+                    self.grant = self.ask()
+                    self.cache.write(self.grant, self.clock)
 
-    def shared(self, stale):
-        """Return a token that another process left, unless it is the one just refused."""
-        grant = self.cache.read(self.clock)
-        if grant is not None and self.grant is None:
-            self.grant = grant._replace(expires=-math.inf)      # its refresh token may still serve
-        return grant if self.fresh(grant) and grant.access != stale else None
+    def take_shared(self):
+        """Take what another process left, unless it is what was refused here; is it fresh?"""
+        shared = self.cache.read(self.clock)
+        if shared and not (self.grant and shared.access == self.grant.access):
+            self.grant = shared         # if it is not fresh its refresh token may still serve
+        return self.fresh(self.grant)
 
     def ask(self):
         """Return a Grant of the service: by the refresh token where there is one, else anew."""
@@ -2057,9 +1999,8 @@ class Session:
             raise Stopped("stopped")
 
     def stop(self):
-        """End every request and wait of this session now, from any thread."""
+        """Let no request begin or go on, and no wait last, from any thread."""
         self.stopped.set()
-        self.http.connections.cut()
 
     def retrying(self, what, action, retry=None):
         def unless_stopped():
@@ -2112,7 +2053,7 @@ def decode_json(body, url):
         page = json.loads(body.decode("utf-8-sig"))
         if isinstance(page, dict):
             return page
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         pass
     raise HttpError("%s: no JSON object, but %d bytes that begin with %r" % (
         shown(url), len(body), body[:40].decode("utf-8", "replace")), url, 200, True)
@@ -2153,13 +2094,13 @@ class Slots:
 # before are dropped by search().
 
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
+DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
 PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
-COLLECTIONS = "/collections?limit=1000"
 SKIP_MAX = 10000                # both walked services refuse more
 SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplified and bent
 SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
-MISSIONS = {"sentinel1": "SENTINEL-1", "sentinel2": "SENTINEL-2", "sentinel3": "SENTINEL-3",
-            "sentinel5p": "SENTINEL-5P", "sentinel6": "SENTINEL-6"}
+S5P = "SENTINEL-5P"
+MISSIONS = ["SENTINEL-1", "SENTINEL-2", "SENTINEL-3", S5P, "SENTINEL-6"]
 
 
 class Query(NamedTuple):
@@ -2184,24 +2125,23 @@ class Query(NamedTuple):
 
 def mission(collection):
     """Return the catalogue's spelling, SENTINEL-5P, of Sentinel5P or SENTINEL-5P alike."""
-    key = re.sub(r"[-_ ]", "", collection).lower()
-    return MISSIONS.get(key, collection)
+    name = re.sub("[-_ ]", "", collection).upper().replace("SENTINEL", "SENTINEL-")
+    return name if name in MISSIONS else collection
 
 
 def has_footprint(collection, producttype):
     """Return whether all catalogues draw footprints for a product type."""
-    return mission(collection) != "SENTINEL-5P" or not producttype.startswith(
+    return collection != S5P or not producttype.startswith(
         ("L1B_IR_", "AUX_", "L2__O3_TCL"))
 
 
 def longest_product(query):
     """Return the time that no product of this type exceeds, to find those that began before."""
-    if mission(query.collection) == "SENTINEL-5P":
+    if query.collection == S5P:
         multi_day = query.producttype.startswith(("L2__O3_TCL", "AUX_"))
         return datetime.timedelta(days=8 if multi_day else 1)
     composite = query.producttype.startswith("SY_") or not query.producttype
-    known = mission(query.collection) in MISSIONS.values()
-    return datetime.timedelta(days=1 if known and not composite else 32)
+    return datetime.timedelta(days=1 if query.collection in MISSIONS and not composite else 32)
 
 
 def wider_boxes(query):
@@ -2243,8 +2183,9 @@ def next_in_walk(products, announced, query, request, page_size):
     Where a page holds one start time only, it is passed by skip.  A page that announces nothing
     more is believed only when asking again from its last start time brings nothing later.
     """
-    begun = request.skip or request.since > query.start - longest_product(query)
-    if not products and not announced and (request.skip or not begun):
+    since, skip = request.place
+    begun = skip or since > query.start - longest_product(query)
+    if not products and not announced and (skip or not begun):
         return None
     starts = [product.start for product in products]
     if starts != sorted(starts):
@@ -2252,14 +2193,14 @@ def next_in_walk(products, announced, query, request, page_size):
                              "the list can't be completed" % shown(request.url))
     last = starts[-1] if starts else datetime.datetime.min
     last -= datetime.timedelta(microseconds=last.microsecond % 1000)
-    if last < request.since:
+    if last < since:
         raise CatalogueError("%s: the page does not hold what it was asked for; the list can't be "
                              "completed, try again later" % shown(request.url))
-    if last > request.since:
+    if last > since:
         return last, 0
     if not announced and len(products) < page_size:
         return None
-    skip = request.skip + len(products)
+    skip += len(products)
     if skip > SKIP_MAX:
         raise CatalogueError("%s: more than %d products start at %s; the service lists no more"
                              % (shown(request.url), SKIP_MAX, last))
@@ -2285,11 +2226,11 @@ class OData(Walked):
                   "$top": OData.page_size(query)}
         if skip:
             fields["$skip"] = skip
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
         elif query.selected:
             fields["$select"] = ",".join(select)
-        return Request(url_with(query.url + "/Products", **fields), None, since, skip)
+        return Request(url_with(query.url + "/Products", **fields), None, (since, skip))
 
     @staticmethod
     def page_size(query):
@@ -2298,14 +2239,14 @@ class OData(Walked):
 
     @staticmethod
     def condition(query, since):
-        terms = ["Collection/Name eq '%s'" % mission(query.collection)]
+        terms = ["Collection/Name eq '%s'" % query.collection]
         if query.producttype:
             terms.append("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' "
                          "and att/OData.CSC.StringAttribute/Value eq '%s')"
                          % query.producttype.replace("'", "''"))
         terms.append("ContentDate/Start ge " + format_time(since))
         terms.append("ContentDate/Start le " + format_time(query.end))
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             terms.append("ContentDate/End ge " + format_time(query.start))
         areas = ["OData.CSC.Intersects(area=geography'SRID=4326;%s')" % wkt_of([box])
                  for box in wider_boxes(query)]
@@ -2350,7 +2291,7 @@ class OpenSearch(Walked):
 
     @staticmethod
     def request(query, since, skip):
-        collection = mission(query.collection).replace("SENTINEL-", "Sentinel")
+        collection = query.collection.replace("SENTINEL-", "Sentinel")
         # the service lists what lies within its period, so it is asked for a longer one
         fields = {"startDate": format_time(since), "maxRecords": PAGE["opensearch"],
                   "completionDate": format_time(query.end + longest_product(query)),
@@ -2365,7 +2306,7 @@ class OpenSearch(Walked):
         elif boxes:
             fields["geometry"] = wkt_of(boxes)
         url = "%s/collections/%s/search.json" % (query.url, urllib.parse.quote(collection))
-        return Request(url_with(url, **fields), None, since, skip)
+        return Request(url_with(url, **fields), None, (since, skip))
 
     @staticmethod
     def parse(page, query, request):
@@ -2403,14 +2344,19 @@ class Stac:
     @staticmethod
     def first(query):
         names = Stac.names(query)
-        return Stac.search(query, names) if names else Request(query.url + COLLECTIONS)
+        return Stac.search(query, names) if names else Stac.collections(query)
+
+    @staticmethod
+    def collections(query, searched=False):
+        """Return the request for the list of collections; its place: those known, and why."""
+        return Request(query.url + "/collections?limit=1000", None, ([], searched))
 
     @staticmethod
     def names(query):
         """Return the collections that hold a Sentinel-5P type, or one given as such."""
         if query.collection.startswith("sentinel-"):
             return [query.collection]
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             return []
         level, _, kind = query.producttype.partition("_")
         name = "sentinel-5p-%s-%s" % (level[:2].lower(), re.sub("_+", "-", kind.strip("_")).lower())
@@ -2438,40 +2384,38 @@ class Stac:
 
     @staticmethod
     def parse(page, query, request):
-        if "collections" in page:
-            before = request.since or []
-            known = before + [one for one in page["collections"] if one not in before]
-            following = Stac.following(page, request)
-            if following and len(known) == len(before):
-                raise CatalogueError("%s: a page of collections brings nothing new while more is "
-                                     "announced" % shown(request.url))
-            if following:
-                return None, following._replace(since=known, skip=request.skip)
-            return None, Stac.search_known(known, query, request)
-        products = [Stac.product(item) for item in features_of(page, request)]
         following = Stac.following(page, request)
-        if not products and not following and request.skip == 0:
-            following = Request(query.url + COLLECTIONS, skip=1)
-        elif following:
-            following = following._replace(skip=request.skip + 1)
+        if "collections" in page:
+            return None, Stac.after_collections(page, following, query, request)
+        products = [Stac.product(item) for item in features_of(page, request)]
+        if following:
+            following = following._replace(place="later page")
+        elif not products and not request.place:
+            following = Stac.collections(query, searched=True)
         return products, following
 
     @staticmethod
-    def search_known(collections, query, request):
+    def after_collections(page, following, query, request):
         """Return the search of the mission's collections that hold the type; raise if none does.
 
-        After an empty search (skip is 1) there is nothing to search again.
+        Where they were searched before, in vain, there is nothing to search again.
         """
-        wanted = Stac.names(query)
-        prefix = mission(query.collection).lower() + "-"
-        found = [one["id"] for one in collections if one["id"] in wanted or (
+        known, searched = request.place
+        more = [one for one in page["collections"] if one not in known]
+        if following and more:
+            return following._replace(place=(known + more, searched))
+        if following:
+            raise CatalogueError("%s: a page of collections brings nothing new while more is "
+                                 "announced" % shown(request.url))
+        wanted, prefix = Stac.names(query), query.collection.lower() + "-"
+        found = [one["id"] for one in known + more if one["id"] in wanted or (
             not wanted and one["id"].startswith(prefix) and may_hold(one, query.producttype))]
         if not found:
             raise CatalogueError(
                 "%s: no collection for %s %s; this service holds only the types that its "
                 "collections name, %s/odata/v1 holds all" % (
                     shown(request.url), query.collection, query.producttype, CATALOGUE_URL))
-        return None if request.skip else Stac.search(query, found)._replace(skip=1)
+        return None if searched else Stac.search(query, found)._replace(place="known to be there")
 
     @staticmethod
     def following(page, request):
@@ -2561,27 +2505,14 @@ def search(query, session):
     last word.
     Raises CatalogueError or HttpError: then what was yielded is not the whole list.
     """
-    api = query.api if query.api != "auto" else api_of(query.url)
-    substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
-    query = query._replace(api=api, url=query.url.rstrip("/"))
-    try:
-        query, request, page = first_page(query, session, substitute)
-    except (HttpError, CatalogueError) as error:
-        if not substitute:
-            raise error if query.api != "opensearch" else CatalogueError(
-                "%s; an OpenSearch service (resto) was expected at the setting url, that of the "
-                "Data Space was retired in March 2026: set url to %s/odata/v1, or api to auto"
-                % (error, CATALOGUE_URL)) from error
-        log.warning("%s; the OpenSearch service was retired in March 2026, so OData is asked "
-                    "instead (set url to %s to be spared this message)", error, substitute)
-        query = query._replace(api="odata", url=substitute)
-        query, request, page = first_page(query, session)
+    query, request, page = first_page(query, session)
     seen, barren = set(), 0
     while True:
         products, following = page
-        fresh = [product for product in products or () if product.product_id not in seen]
-        seen.update(product.product_id for product in fresh)
-        yield from fresh
+        fresh = {product.product_id: product for product in products or ()
+                 if product.product_id not in seen}
+        seen.update(fresh)
+        yield from fresh.values()
         if following is None:
             return
         # In a walk one page in a row may bring nothing new: the start time it begins with.
@@ -2594,19 +2525,32 @@ def search(query, session):
         request, page = following, turn_page(query, following, session)
 
 
-def first_page(query, session, substitute=None):
-    """Return the query, its first request and page; with a substitute, after two tries at most.
+def first_page(query, session):
+    """Return the query as the service takes it, its first request and page.
 
-    A service that does not know one of the fields to select is asked for whole entries.
+    Where OpenSearch is retired, as two tries may tell, OData beside it is asked; a service that
+    does not know one of the fields to select, for whole entries.
     """
-    request = ADAPTERS[query.api].first(query)
+    api = api_of(query.url) if query.api == "auto" else query.api
+    substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
+    query = query._replace(api=api, url=query.url.rstrip("/"), collection=mission(query.collection))
+    request = ADAPTERS[api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
     try:
         return query, request, turn_page(query, request, session, retry)
-    except HttpError as error:
-        if error.status != 400 or "$select" not in request.url:
+    except (HttpError, CatalogueError) as error:
+        if substitute:
+            log.warning("%s; the OpenSearch service was retired in March 2026, so OData is asked "
+                        "instead (set url to %s to be spared this message)", error, substitute)
+            return first_page(query._replace(api="odata", url=substitute), session)
+        if "$select" in request.url and getattr(error, "status", 0) == 400:
+            return first_page(query._replace(selected=False), session)
+        if api != "opensearch":
             raise
-        return first_page(query._replace(selected=False), session, substitute)
+        raise CatalogueError(
+            "%s; an OpenSearch service (resto) was expected at the setting url, that of the Data "
+            "Space was retired in March 2026: set url to %s/odata/v1, or api to auto"
+            % (error, CATALOGUE_URL)) from error
 
 
 def turn_page(query, request, session, retry=None):
@@ -2620,8 +2564,7 @@ def turn_page(query, request, session, retry=None):
             "".join((product.product_id, product.producttype, product.orbit, product.processing,
                      product.published)).encode("utf-8")        # texts, and such as can be written
         return products, following
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError,
-            RecursionError) as error:
+    except UNREADABLE as error:
         raise CatalogueError("%s: a product that can't be read (%s: %s)" % (
             shown(request.url), type(error).__name__, error)) from error
 
@@ -2729,15 +2672,16 @@ def checked_row(header, fields):
     return row._replace(md5=md5_text(row.md5))
 
 
-def write_geojson(pairs, path, dmode=None):
-    """Write the pairs of Row and geometry, a JSON text, as a FeatureCollection of RFC 7946."""
+def write_geojson(rows, geometries, path, dmode=None):
+    """Write a FeatureCollection of RFC 7946; geometries are JSON texts by product id."""
     make_directories(os.path.dirname(path), dmode)
     with replacing(path) as out:
         out.write('{"type": "FeatureCollection", "features": [')
-        for number, (row, geometry) in enumerate(pairs):
+        for number, row in enumerate(rows):
             feature = json.dumps({"type": "Feature", "id": row.product_id,
                                   "properties": row._asdict()})
-            out.write('%s%s, "geometry": %s}' % (",\n" if number else "", feature[:-1], geometry))
+            out.write('%s%s, "geometry": %s}' % (",\n" if number else "", feature[:-1],
+                                                 geometries[row.product_id]))
         out.write("]}\n")
 
 
@@ -2746,8 +2690,6 @@ def write_geojson(pairs, path, dmode=None):
 POLL = 0.5                      # seconds between looks at a file that another process fetches
 ABANDONED = 120                 # seconds without a write after which a part counts as left behind
 HEAD = 512                      # first bytes of a body by which it is judged
-SAME_BODY = 3                   # so many equal wrong bodies are not chance: no further try
-
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
 SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
 
@@ -2777,14 +2719,6 @@ class Outcome(NamedTuple):
     message: str = ""
 
 
-class Busy(DataSpaceError):
-    """Another process is fetching the file of `task`."""
-
-    def __init__(self, task):
-        super().__init__("%s: another process is fetching it" % task.path)
-        self.task = task
-
-
 def new_md5():
     """Return an MD5 object, None where the system forbids MD5 (FIPS)."""
     for options in ({"usedforsecurity": False}, {}):        # before Python 3.9 without it
@@ -2802,10 +2736,9 @@ class Part:
     alive: set = set()          # the parts that this process is at, by path
 
     def __init__(self, target):
-        self.target = target
-        self.path = part_name(target)
+        self.target, self.path = target, part_name(target)
         Part.alive.add(self.path)
-        self.file, self.etag, self.wrong_bodies = None, None, {}
+        self.file, self.came, self.wrong_bodies = None, 0, []
         self.reset()
 
     def reset(self):
@@ -2819,6 +2752,7 @@ class Part:
     def write(self, data):
         with file_errors(self.path):
             self.file.write(data)
+            self.file.flush()           # a full disk is told now, and a killed run loses nothing
         if len(self.head) < HEAD:
             self.head += data[:HEAD]
         self.count += len(data)
@@ -2829,32 +2763,21 @@ class Part:
         for data in iter(lambda: source.read(CHUNK), b""):
             self.write(data)
 
-    def flush(self):
-        if self.file:           # not where it could not be begun again
-            with file_errors(self.path):
-                self.file.flush()
-
-    def finish(self):
-        """Close the file, with its errors: some file systems report a quota only now."""
-        with file_errors(self.path):
-            self.file.close()
-            self.file = None
+    def digest(self):
+        return self.md5.hexdigest() if self.md5 else ""
 
     def close(self):
-        if self.file:
-            with contextlib.suppress(OSError):      # a full disk, reported by flush
+        with file_errors(self.path):    # some file systems report a quota only now
+            if self.file:
                 self.file.close()
-            self.file = None
 
     def leave(self):
         """Close the part for good; one with bytes in it is kept for the next run."""
-        self.close()
+        with contextlib.suppress(FileError):
+            self.close()
         Part.alive.discard(self.path)
         if not self.count:
             discard(self.path)
-
-    def digest(self):
-        return self.md5.hexdigest() if self.md5 else ""
 
     def adopt(self, left):
         """Take over the bytes of a part that someone left behind; it is gone then.
@@ -2902,30 +2825,37 @@ def is_abandoned(path, owner, now=time.time):
     return False                # gone: its owner is done with it
 
 
-def claim(task):
-    """Return a Part for the task, with the bytes of an abandoned one where they can be trusted.
+def claim(task, session):
+    """Return a Part for the task, None where the file is there, by now or since long.
 
-    Returns None where another process is fetching the file.  Two that come at the same time see
-    each other's part, step back and come again.
+    While another process is fetching it, waits.  Two that come at the same time see each other's
+    part, step back and come again.
     """
-    part = Part(task.path)
-    try:
-        others = parts_beside(task.path)
-        others.pop(part.path, None)
-        if not all(is_abandoned(path, owner) for path, owner in others.items()):
+    while not is_present(task):
+        part = Part(task.path)
+        try:
+            others = parts_beside(task.path)
+            del others[part.path]
+            if all(is_abandoned(*other) for other in others.items()) and not is_present(task):
+                inherit(part, sorted(others, key=size_of, reverse=True), task)
+                return part
+        except BaseException:
             part.leave()
-            return None
-        for path in sorted(others, key=size_of, reverse=True):
-            # only an MD5 can tell whether old bytes and new ones belong together
-            fits = size_of(path) <= (task.size or math.inf)
-            if task.md5 and part.md5 and not part.count and fits:
-                part.adopt(path)
-            else:
-                discard(path)
-        return part
-    except BaseException:
+            raise
         part.leave()
-        raise
+        session.sleep(POLL * (1 + random.random()))
+    return None
+
+
+def inherit(part, left, task):
+    """Take over the first of the parts left behind that may fit; remove the others."""
+    for path in left:
+        # only an MD5 can tell whether old bytes and new ones belong together
+        fits = size_of(path) <= (task.size or math.inf)
+        if task.md5 and part.md5 and not part.count and fits:
+            part.adopt(path)
+        else:
+            discard(path)
 
 
 def size_of(path):
@@ -2963,7 +2893,11 @@ def receive(session, task, part, on_bytes):
                 # a zip may come where the catalogue describes the file in it
                 most = 2 * task.size + (1 << 20) if task.size else math.inf
                 body = chunks(response, task.href, session.timeout, session.clock, most)
-                store(response, body, task, part, on_bytes, session)
+                for data in begin(response, body, task, part):
+                    part.write(data)
+                    part.came += len(data)
+                    on_bytes(len(data))
+                    session.check_stop()
         except HttpError as error:
             if error.status == 429:
                 session.slots.shrink(limit)
@@ -2972,8 +2906,6 @@ def receive(session, task, part, on_bytes):
             part.reset()
             raise CheckError("%s: the service has no bytes after those here; beginning again"
                              % os.path.basename(task.path)) from error
-        finally:
-            part.flush()
 
 
 def range_headers(task, part):
@@ -2985,38 +2917,34 @@ def range_headers(task, part):
     return headers
 
 
-def store(response, body, task, part, on_bytes, session):
-    """Write a body into the part where it belongs."""
-    first = b""
+def begin(response, body, task, part):
+    """Return the chunks of a body that may be written to the part, which is ready for them."""
+    name, first = os.path.basename(task.path), b""
     for data in body:           # a slow line brings a few bytes at a time
         first += data
         if len(first) >= HEAD:
             break
     etag = response.headers.get("ETag", "")
     if response.status == 206:
-        begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        if (not part.count or not begin or int(begin.group(1)) != part.count
-                or part.etag not in (None, etag)):
+        start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        if not (part.count and start and int(start.group(1)) == part.count
+                and part.etag in (None, etag)):
             part.reset()
             raise CheckError("%s: the service sent another range, or of another file, than asked; "
-                             "beginning again" % os.path.basename(task.path))
+                             "beginning again" % name)
     else:
         chunked = response.headers.get("Transfer-Encoding")
         if body_length(response) is None and not (chunked or task.size or task.md5):
             raise CheckError("%s: neither service nor catalogue tells how long it is; it can't be "
-                             "checked" % os.path.basename(task.path), temporary=False)
-        wrong = is_page(first[:HEAD], task.path)
+                             "checked" % name, temporary=False)
+        wrong = is_page(first[:HEAD], name)
         if wrong:
-            raise CheckError("%s: the service sent %s%s" % (
-                os.path.basename(task.path), wrong,
-                ": " + service_message(first) if b"\0" not in first[:4096] else ""))
+            said = service_message(first) if b"\0" not in first[:4096] else ""
+            raise CheckError(": ".join(filter(None, (name, "the service sent " + wrong, said))))
         if part.count:
             part.reset()
     part.etag = etag if etag.startswith('"') else None      # only a strong one names the bytes
-    for data in itertools.chain([first], body):
-        part.write(data)
-        on_bytes(len(data))
-        session.check_stop()
+    return itertools.chain([first], body)
 
 
 def verify(task, part):
@@ -3026,22 +2954,21 @@ def verify(task, part):
     what the catalogue describes.  A zip of which nothing is known, such as that of a directory
     product, is tested by the checksums in it.
     """
-    name = os.path.basename(task.path)
+    name, known = os.path.basename(task.path), task.size or task.md5
     if part.head.startswith(b"PK\x03\x04"):
-        part.flush()
-        if name.endswith(".nc") and (mismatch(task, part) or not (task.size or task.md5)):
+        if name.endswith(".nc") and (mismatch(task, part) or not known):
             unpack(part, name)
-        elif not task.size and not task.md5:
+        elif not known:
             return check_zip(part, name)
     wrong = is_page(part.head[:HEAD], name) or mismatch(task, part)
     if wrong:
-        body = (part.count, part.digest())
-        part.wrong_bodies[body] = part.wrong_bodies.get(body, 0) + 1
-        again = part.wrong_bodies[body] < SAME_BODY
+        body = part.count, part.digest()
+        part.wrong_bodies.append(body)
         part.reset()
-        raise CheckError("%s: %s%s" % (name, wrong, "" if again else (
-            "; it came like that %d times, so the catalogue and the file do not agree"
-            % SAME_BODY)), again)
+        if part.wrong_bodies.count(body) < 3:
+            raise CheckError("%s: %s" % (name, wrong))
+        raise CheckError("%s: %s; it came like that 3 times, so the catalogue and the file do not "
+                         "agree" % (name, wrong), temporary=False)
     if task.md5 and part.md5:
         return "verified"
     return "size only" if task.size else "unverified"
@@ -3095,58 +3022,39 @@ def unpack(part, name):
         discard(whole)
 
 
-def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None, patient=True):
+def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None):
     """Bring one file to task.path and return its Outcome: complete and checked, or an error.
 
     Size and MD5 that the task lacks are asked of the catalogue, once.  A file of the right size
-    that is there already is not fetched.  Where another process is fetching it, waits for that, or
-    raises Busy if not patient.  Raises DataSpaceError; then nothing is at task.path that was not
-    there before.
+    that is there already is not fetched, nor one that another process brings meanwhile.  Raises
+    DataSpaceError; then nothing is at task.path that was not there before.
     """
-    began = session.clock()
+    began, name = session.clock(), os.path.basename(task.path)
     task = described(task, session, retry)
-    name = os.path.basename(task.path)
     make_directories(os.path.dirname(task.path), dmode)
-    part = None
-    while part is None:
-        if is_present(task):
-            return Outcome(name, "present")
-        part = claim(task)
-        if part is None and not patient:
-            raise Busy(task)
-        if part is None:
-            session.sleep(POLL * (1 + random.random()))
-    if is_present(task):                # put there since, by another process
-        part.leave()
+    part = claim(task, session)
+    if part is None:
         return Outcome(name, "present")
-    state, came = complete(task, part, session, retry, on_bytes)
-    return Outcome(name, state, came, session.clock() - began)
-
-
-def complete(task, part, session, retry, on_bytes):
-    """Fill the part, check it and put it in its place; return its state and the bytes that came."""
-    came = []
-
-    def attempt():
-        if not os.path.exists(part.path):       # taken over while this process waited
-            if is_present(task):
-                return "present"
-            part.reset()
-        if not task.size or part.count != task.size:
-            receive(session, task, part, lambda count: (came.append(count), on_bytes(count)))
-        state = verify(task, part)
-        part.finish()
-        if not os.path.exists(part.path):
-            raise CheckError("%s: another process took over what had come"
-                             % os.path.basename(task.path))
-        with file_errors(task.path):
-            os.replace(part.path, task.path)
-        return state
-
     try:
-        return session.retrying(os.path.basename(task.path), attempt, retry), sum(came)
+        state = session.retrying(name, lambda: complete(task, part, session, on_bytes), retry)
     finally:
         part.leave()
+    return Outcome(name, state, part.came, session.clock() - began)
+
+
+def complete(task, part, session, on_bytes):
+    """Fill the part, check it and put it in its place; return how it was checked.  One try."""
+    if not os.path.exists(part.path):       # taken over while this process waited
+        if is_present(task):
+            return "present"
+        part.reset()
+    if not task.size or part.count != task.size:
+        receive(session, task, part, on_bytes)
+    state = verify(task, part)
+    part.close()
+    with file_errors(task.path):
+        os.replace(part.path, task.path)
+    return state
 
 
 def is_present(task):
@@ -3161,37 +3069,29 @@ def described(task, session, retry=None):
     """Return the task with today's href, and the size and MD5 that the catalogue knows."""
     task = task._replace(href=mend_href(task.href))
     by_name = task.href.startswith("s3://")
-    product_id = href_id(task.href)
-    if not by_name and (not product_id or (task.size and task.md5)):
+    if task.size and task.md5 and not by_name:
         return task
-    base = catalogue_of(task.href)
+    product = looked_up(task.href, session, retry)
+    if by_name and product is None:
+        raise CatalogueError("%s: the catalogue has no product of that name" % task.href)
     if by_name:
-        name = task.href.rstrip("/").rpartition("/")[2]
-        url = url_with(base + "/Products", **{"$filter": "Name eq '%s'" % name.replace("'", "''")})
-    else:
-        url = "%s/Products(%s)" % (base, product_id)
-    product = looked_up(url, session, retry)
-    if product is None:
-        if by_name:
-            raise CatalogueError("%s: the catalogue has no product of that name" % task.href)
-        return task
-    if by_name:
-        task = task._replace(href="https://download.%s/odata/v1/Products(%s)/$value"
-                             % (DOMAIN, product.product_id))
-    if is_directory_product(product.filename):      # told is of its files, not of the zip to come
-        return task
+        task = task._replace(href=DOWNLOAD_URL.replace("{product_id}", product.product_id))
+    if product is None or is_directory_product(product.filename):
+        return task                 # what is told of a directory is of its files, not of the zip
     return task._replace(size=task.size or product.size, md5=task.md5 or product.md5)
 
 
-def catalogue_of(href):
-    """Return the OData base that describes a download url: the catalogue's for the Data Space."""
-    if href.startswith("s3:") or is_data_space(host_of(href)):
-        return CATALOGUE_URL + "/odata/v1"
-    return href.partition("/Products(")[0]
-
-
-def looked_up(url, session, retry=None):
-    """Return the Product that the catalogue describes at a url, None where it has none."""
+def looked_up(href, session, retry=None):
+    """Return the Product that the catalogue describes for a href, None where it has none."""
+    base = CATALOGUE_URL + "/odata/v1"
+    if href.startswith("s3://"):
+        name = href.rstrip("/").rpartition("/")[2].replace("'", "''")
+        url = url_with(base + "/Products", **{"$filter": "Name eq '%s'" % name})
+    elif href_id(href):
+        base = base if is_data_space(host_of(href)) else href.partition("/Products(")[0]
+        url = "%s/Products(%s)" % (base, href_id(href))
+    else:
+        return None
     try:
         page = session.read_json(Request(url), retry)
         found = page["value"] if isinstance(page.get("value"), list) else [page]
@@ -3199,10 +3099,9 @@ def looked_up(url, session, retry=None):
     except HttpError as error:
         if error.temporary or error.status not in (400, 404, 422):
             raise
-        return None
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         log.debug("%s: no description of a product (%s)", shown(url), error)
-        return None
+    return None
 
 
 def check_space(tasks):
@@ -3212,7 +3111,7 @@ def check_space(tasks):
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FileError("%s: %s free, but the files need %s; free some space, or choose another "
-                        "folder" % (folder, bytes_text(free), bytes_text(needed)), full=True)
+                        "folder" % (folder, bytes_text(free), bytes_text(needed)), fatal=True)
 
 
 def existing_directory(path):
@@ -3237,68 +3136,148 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
     A file that fails is an Outcome too; a full disk, a refused login or a stop ends the whole with
     its error.  `idle` is called about ten times a second.  Closing the generator stops the run.
     """
-    tasks = list(tasks)
+    tasks, done = list(tasks), queue.Queue()
     check_space(tasks)
     if new_md5() is None:
         log.warning("this system refuses MD5 (FIPS); files are checked by their size only")
-    waiting, done = collections.deque(tasks), queue.Queue()
+    waiting = iter(tasks)               # each thread takes its next task from it
 
-    def job(task):
-        return fetch(task, session, None, dmode, on_bytes, len(waiting) < session.connections)
+    def work():
+        for task in waiting:
+            try:
+                done.put(fetch(task, session, None, dmode, on_bytes))
+            except Exception as error:          # even a fault of this file must not hang the run
+                if getattr(error, "fatal", True):
+                    done.put(error)
+                    return session.stop()
+                done.put(Outcome(os.path.basename(task.path), "failed", message=str(error)))
 
     # Daemon threads: one that hangs in a system call does not keep the program from ending.
     for _ in range(min(session.connections, len(tasks))):
-        threading.Thread(target=work, args=(waiting, done, job, session), daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
     try:
         left = len(tasks)
         while left:
             idle()
-            try:
+            with contextlib.suppress(queue.Empty):
                 outcome = done.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if isinstance(outcome, Exception):
-                raise outcome
-            left -= 1
-            yield outcome
+                if isinstance(outcome, Exception):
+                    raise outcome
+                left -= 1
+                yield outcome
     except BaseException:
-        waiting.clear()
         session.stop()
         raise
 
 
-def work(waiting, done, job, session):
-    """Put the outcome of each waiting task into `done`; an error that ends the run, as itself."""
-    while True:
-        try:
-            task = waiting.popleft()
-        except IndexError:
-            return
-        try:
-            try:
-                done.put(job(task))
-            except Busy as busy:
-                waiting.append(busy.task)
-                session.sleep(POLL / 10)
-        except Exception as error:              # even a fault of this file must not hang the run
-            if isinstance(error, (Stopped, LoginError)) or getattr(error, "full", False) or (
-                    not isinstance(error, DataSpaceError)):
-                waiting.clear()
-                done.put(error)
-            else:
-                done.put(Outcome(os.path.basename(task.path), "failed", message=str(error)))
+################ Options ################
+
+# The settings of an inquiry: a table of readers, which return the value of a text or raise
+# ValueError with what is wrong with it, and the defaults.
 
 
-################ Workflows ################
+def one_of(*choices):
+    """Return a reader that takes these texts only."""
+    def reader(text):
+        if text not in choices:
+            raise ValueError("is unknown; expected " + " or ".join(choices))
+        return text
+    return reader
 
-SETTINGS = (
-    "timerange.start timerange.end url api collection producttype area area.minimum area.filter "
-    "selection best download_url output.file output.columns output.geojson dmode download.dir "
-    "download.connections download.maxtry download.nsec_wait download.nsec_wait_max timeout "
-    "trusted_hosts token_url").split()
-DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
-STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
+
+def of_type(totype, low=None, high=math.inf):
+    """Return a reader of a type of converted(), such as "int", within a range."""
+    def reader(text):
+        value = converted(text, totype)
+        if low is not None and not low <= value <= high:
+            raise ValueError("is out of range; expected %s" % (
+                "%g to %g" % (low, high) if high < math.inf else "%g or more" % low))
+        return value
+    return reader
+
+
+def catalogue_url(text):
+    if not re.match(r"https?://[^/\s@]+(/|$)", text):
+        raise ValueError("is no url; expected https://HOST/... and no password in it")
+    return text
+
+
+def known_collection(text):
+    """Return the collection in the catalogue's spelling; both spellings are taken."""
+    name = mission(text)
+    meant = difflib.get_close_matches(name.upper(), MISSIONS, 1, 0.8)
+    if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
+        known = (meant or [S5P])[0]
+        raise ValueError("is unknown; expected %s or %s" % (
+            known.replace("SENTINEL-", "Sentinel"), known))
+    return name
+
+
+def href_template(text):
+    if "{product_id}" not in text:
+        raise ValueError("has no {product_id} in it")
+    return text
+
+
+def check_columns(names):
+    unknown = [name for name in names if name not in Row._fields]
+    if unknown:
+        raise ValueError("has no column %s; expected %s" % (
+            " ".join(unknown), " ".join(Row._fields)))
+
+
+def column_names(text):
+    columns = tuple(re.findall(r"[^\s,;]+", text))
+    check_columns(columns)
+    return columns or COLUMNS
+
+
+def folder_template(text):
+    check_columns(re.findall(r"%\{(\w+)\}", text))
+    return text
+
+
+def row_condition(text):
+    """Return the tree of a condition on columns, written %{orbit} with or without quotes."""
+    return parse_expression(re.sub(r"""(["']?)%\{(\w+)\}\1""", r"\2", text))
+
+
+def host_names(text):
+    hosts = text.replace(",", " ").split()
+    if not all(re.match(r"[\w.-]+\Z", host) for host in hosts):
+        raise ValueError("is no list of hosts; expected names such as zipper.creodias.eu")
+    return hosts
+
+
 REQUIRED = object()
+SECONDS = of_type("float", 0, 1e6)
+
+SETTINGS = {        # of an inquiry, after its base: (reader of the text, default)
+    "timerange.start": (of_type("datetime"), REQUIRED),
+    "timerange.end": (of_type("datetime"), REQUIRED),
+    "url": (catalogue_url, REQUIRED),
+    "api": (one_of("auto", *ADAPTERS), "auto"),
+    "collection": (known_collection, REQUIRED),
+    "producttype": (str, ""),
+    "area": (Box.from_text, None),
+    "area.minimum": (of_type("float", 0, 100), 0.0),
+    "area.filter": (one_of("local", "server"), ""),
+    "selection": (row_condition, None),
+    "best": (of_type("bool"), False),
+    "download_url": (href_template, DOWNLOAD_URL),
+    "output.file": (str, REQUIRED),
+    "output.columns": (column_names, COLUMNS),
+    "output.geojson": (str, ""),
+    "dmode": (directory_mode, None),
+    "download.dir": (folder_template, REQUIRED),
+    "download.connections": (of_type("int", 1, 20), 4),
+    "download.maxtry": (of_type("int", 1), 10),
+    "download.nsec_wait": (SECONDS, 5.0),
+    "download.nsec_wait_max": (SECONDS, 600.0),
+    "timeout": (of_type("float", 0.01, 1e6), 60.0),
+    "trusted_hosts": (host_names, []),
+    "token_url": (str, None),
+}
 
 
 class Options:
@@ -3307,33 +3286,27 @@ class Options:
     def __init__(self, settings, rcbase=""):
         self.settings, self.rcbase = settings, rcbase
 
-    def get(self, name, totype="str", default=REQUIRED):
+    def get(self, name, required=False):
         """Return the value of a setting, its default where it is absent or empty."""
+        reader, default = SETTINGS[name]
         key = self.settings.find(self.rcbase, name)
-        if key is not None and (default is REQUIRED or self.settings.get(key, "str").strip()):
-            return self.settings.get(key, totype)
-        if default is REQUIRED:
+        text = self.settings.get(key, "str") if key else ""
+        try:
+            if text.strip():
+                return reader(text)
+        except ValueError as error:
+            raise self.wrong(name, error) from None
+        if required or default is REQUIRED:
             raise SettingsError("%s: this setting is missing; expected a line '%s : ...'" % (
-                name, candidates(self.rcbase, name)[0]), self.settings.filename)
+                name, candidates(self.rcbase, name)[0]), self.settings.place(key))
         return default
 
     def wrong(self, name, message):
-        """Return the error for a setting, with its place."""
-        place = self.settings.place(self.settings.find(self.rcbase, name))
-        return SettingsError("%s: %s" % (name, message), place)
-
-    def choice(self, name, choices, default):
-        value = self.get(name, default=default)
-        if value not in choices:
-            raise self.wrong(name, "%r is unknown; expected %s" % (value, " or ".join(choices)))
-        return value
-
-    def number(self, name, totype, default, low, high=math.inf):
-        value = self.get(name, totype, default)
-        if not low <= value <= high:
-            raise self.wrong(name, "%s is out of range; expected %s" % (
-                value, "%g to %g" % (low, high) if high < math.inf else "%g or more" % low))
-        return value
+        """Return the error for a setting, with its place and its value, but no password in it."""
+        key = self.settings.find(self.rcbase, name)
+        text = self.settings.get(key, "str", "") if key else ""
+        return SettingsError("%s: %.200r %s" % (name, re.sub(r"\S*@", "...@", text), message),
+                             self.settings.place(key))
 
     def warn_of_misspelt(self):
         prefix = self.rcbase + "." if self.rcbase else ""
@@ -3345,143 +3318,107 @@ class Options:
                             self.settings.place(key), key, meant[0])
 
 
+################ Workflows ################
+
+STREAM_RANK = {"RPRO": 3, "OFFL": 2, "NRTI": 1}
+
+
 def query_of(options):
     """Return the Query that the settings ask for; raise SettingsError with the place."""
-    start, end = (options.get("timerange." + name, "datetime") for name in ("start", "end"))
+    start, end, url, api, collection, box = map(options.get, (
+        "timerange.start", "timerange.end", "url", "api", "collection", "area"))
     if end < start:
-        raise options.wrong("timerange.end", "%s is before timerange.start, %s" % (end, start))
+        raise options.wrong("timerange.end", "is before timerange.start, %s" % start)
     if not 1900 <= start.year <= end.year <= 9000:
-        raise options.wrong("timerange.start", "expected years from 1900 to 9000")
-    url = options.get("url")
-    if not re.match(r"https?://[^/\s@]+(/|$)", url):
-        raise options.wrong("url", "%s is no url; expected https://HOST/... and no password in it"
-                            % shown(url))
-    api = options.choice("api", ["auto"] + list(ADAPTERS), "auto")
+        raise options.wrong("timerange.start", "is no year of a satellite; expected 1900 to 9000")
     try:
-        api_of(url) if api == "auto" else None
-        box = Box.from_text(options.get("area", default=""))
+        if api == "auto":
+            api_of(url)
     except ValueError as error:
-        name = "url" if "service" in str(error) else "area"
-        raise options.wrong(name, "%s" % error) from None
-    collection = known_collection(options)
-    producttype = known_producttype(options, collection)
-    kind = "local" if collection == "SENTINEL-5P" else "server"
-    server = options.choice("area.filter", ["local", "server"], kind) == "server"
+        raise options.wrong("url", error) from None
+    producttype = options.get("producttype", required=collection == S5P)
+    if collection == S5P and len(producttype) != 10:
+        raise options.wrong("producttype", "has %d characters, a Sentinel-5P type has 10; is %s "
+                            "meant?" % (len(producttype), meant_type(producttype)))
+    usual = "local" if collection == S5P else "server"
+    server = (options.get("area.filter") or usual) == "server"
     drawn = has_footprint(collection, producttype)
-    needed = drawn and box is not None or bool(options.get("output.geojson", default=""))
+    needed = drawn and box is not None or bool(options.get("output.geojson"))
     return Query(url, collection, producttype, start, end, box, api, server and drawn, needed)
 
 
-def known_collection(options):
-    """Return the collection in the catalogue's spelling; both spellings are taken."""
-    collection = options.get("collection")
-    name = mission(collection)
-    meant = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
-    if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
-        raise options.wrong("collection", "%r is unknown; expected %s" % (
-            collection, " or ".join([meant[0].replace("SENTINEL-", "Sentinel"), meant[0]])
-            if meant else "a name such as Sentinel5P"))
-    return name
-
-
-def known_producttype(options, collection):
-    """Return the product type; one of Sentinel-5P has exactly 10 characters."""
-    if collection != "SENTINEL-5P":
-        return options.get("producttype", default="")
-    producttype = options.get("producttype")
-    if len(producttype) != 10:
-        raise options.wrong("producttype", "%r has %d characters, a Sentinel-5P type has 10; %s"
-                            % (producttype, len(producttype), meant_type(producttype)))
-    return producttype
-
-
 def meant_type(text):
-    """Return a phrase that names the product type meant by a short or padded one, NO2 or L2__NO2.
-
-    Among several the ones with the same species are named.
-    """
+    """Return the product types that a short or padded name may mean, such as NO2 or L2__NO2."""
     bare = re.sub(r"^L2_+", "", text.upper()).strip("_")
     found = [known for known in S5P_PRODUCTTYPES if known.upper() == text.upper()
              or known[4:].strip("_") == bare]
     if not found:
         found = difflib.get_close_matches(text.upper().ljust(10, "_"), S5P_PRODUCTTYPES, 3)
-    return "is %s meant?" % " or ".join(found or ["a type such as L2__NO2___"])
+    return " or ".join(found or ["a type such as L2__NO2___"])
 
 
-class Tally(collections.Counter):
-    """Counts, by reason, what was dropped; `name: 8 kept, 6 dropped (6 outside)` in the log."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.name, self.kept, self.unknown = name, 0, 0
-
-    def __str__(self):
-        reasons = ", ".join("%d %s" % (count, reason) for reason, count in self.items())
-        return "%s: %d kept, %d dropped%s%s" % (
-            self.name, self.kept, sum(self.values()), " (%s)" % reasons if reasons else "",
-            "; %d of them without a readable footprint" % self.unknown if self.unknown else "")
+def sieve(items, name, reason, level=logging.INFO):
+    """Yield the items for which reason(item) is empty; log how many, and why not the others."""
+    kept, dropped = 0, collections.Counter()
+    for item in items:
+        why = reason(item)
+        if why:
+            dropped[why] += 1
+        else:
+            kept += 1
+            yield item
+    reasons = ", ".join("%d %s" % (count, why) for why, count in dropped.items())
+    log.log(level, "%s: %d kept, %d dropped%s", name, kept, sum(dropped.values()),
+            reasons and " (%s)" % reasons)
 
 
 def in_period(products, query):
     """Yield the products measured within the period, ends included; one rule for all services."""
-    tally = Tally("period")
-    for product in products:
-        if product.start <= query.end and product.end >= query.start:
-            tally.kept += 1
-            yield product
-        else:
-            tally["measured before or after"] += 1
-    log.debug("%s", tally)
+    return sieve(products, "period", lambda product: (
+        "" if product.start <= query.end and product.end >= query.start else
+        "measured before or after"), logging.DEBUG)
 
 
 def in_area(products, query, minimum):
     """Yield (product, covered fraction of the area or None) for those that overlap the area."""
-    tally = Tally("area")
-    tested = query.box is not None and has_footprint(query.collection, query.producttype)
-    for product in products:
-        fraction = None
-        if tested:
-            overlaps, fraction = box_overlap(product.geometry, list(query.box))
-            if fraction is None:
-                tally.unknown += 1
-            elif not overlaps:
-                tally["outside"] += 1
-                continue
-            elif 100 * fraction < minimum:
-                tally["cover less than area.minimum, %g per cent" % minimum] += 1
-                continue
-        tally.kept += 1
-        yield product, fraction
-    if tested:
-        log.log(logging.WARNING if tally.unknown else logging.INFO, "%s", tally)
+    if query.box is None or not has_footprint(query.collection, query.producttype):
+        return ((product, None) for product in products)
+
+    def covered():
+        count = unknown = 0
+        for count, product in enumerate(products, 1):
+            overlaps, fraction = box_overlap(product.geometry, query.box)
+            unknown += fraction is None
+            yield product, fraction if overlaps else -1         # outside
+        if unknown:
+            log.warning("footprints: %d of %d are missing or can't be read; these products count "
+                        "as overlapping", unknown, count)
+
+    def reason(found):
+        if found[1] is None or 100 * found[1] >= minimum:
+            return ""
+        return "outside" if found[1] < 0 else (
+            "cover less than area.minimum, %g per cent" % minimum)
+
+    return sieve(covered(), "area", reason)
 
 
 def selected(rows, options):
-    """Yield the (row, geometry) pairs whose row meets the condition `selection`."""
-    text = options.get("selection", default="")
-    if not text:
-        yield from rows
-        return
-    try:
-        condition = parse_expression(re.sub(r"""(["']?)%\{(\w+)\}\1""", r"\2", text))
-    except ValueError as error:
-        raise options.wrong("selection", str(error)) from None
-    tally = Tally("selection")
-    for row, geometry in rows:
+    """Yield the rows that meet the condition `selection`."""
+    condition = options.get("selection")
+
+    def reason(row):
         try:
             keep = evaluate(condition, row._asdict())
         except ValueError as error:
-            raise options.wrong("selection", "%s; columns are %s, written %%{orbit}" % (
+            raise options.wrong("selection", "fails: %s; columns are %s, written %%{orbit}" % (
                 error, " ".join(Row._fields))) from None
         if not isinstance(keep, bool):
-            raise options.wrong("selection", "%r is a value, not a condition; note that != is "
+            raise options.wrong("selection", "gives %r, which is no condition; note that != is "
                                 "written \\!= in a settings file" % (keep,))
-        if keep:
-            tally.kept += 1
-            yield row, geometry
-        else:
-            tally["not " + text] += 1
-    log.info("%s", tally)
+        return "" if keep else "not selected"
+
+    return sieve(rows, "selection", reason) if condition else rows
 
 
 def best_rows(rows):
@@ -3490,91 +3427,54 @@ def best_rows(rows):
     RPRO over OFFL over NRTI, then the highest collection, processor version, production time: the
     rule of CSO's own tables.  Rows without an orbit in their name are all kept.
     """
+    taken = set()
+
     def merit(row):
         return (STREAM_RANK.get(row.processing, 0), row.collection, row.processor_version,
                 parse_name(row.filename).get("production", ""))
 
-    whole, granules, kept = {}, {}, []
-    for row in rows:
-        orbit = (row.producttype, parse_name(row.filename).get("orbit", ""))
-        if not orbit[1]:
-            kept.append(row)
-            continue
-        nrti = row.processing == "NRTI"
-        group, key = (granules, orbit + (row.start_time,)) if nrti else (whole, orbit)
-        if key not in group or merit(row) > merit(group[key]):
-            group[key] = row
-    kept += whole.values()
-    kept += [row for key, row in granules.items() if key[:2] not in whole]
-    tally, chosen = Tally("best"), set(kept)
-    for row in rows:
-        if row in chosen:
-            tally.kept += 1
-        else:
-            tally[" ".join(filter(None, (row.processing, row.collection,
-                                         row.processor_version)))] += 1
+    def reason(row):
+        orbit = row.producttype, parse_name(row.filename).get("orbit", "")
+        granule = orbit + (row.start_time,) if row.processing == "NRTI" else orbit
+        if orbit[1] and (orbit in taken or granule in taken):
             log.debug("best: dropped %s", row.filename)
-    log.info("%s", tally)
-    return kept
+            return " ".join(filter(None, (row.processing, row.collection, row.processor_version)))
+        taken.add(granule)
+        return ""
+
+    return list(sieve(sorted(rows, key=merit, reverse=True), "best", reason))
 
 
 def session_of(options):
     """Return the Session that the settings ask for."""
-    retry = Retry(options.number("download.maxtry", "int", 10, 1),
-                  options.number("download.nsec_wait", "float", 5.0, 0, 1e6),
-                  options.number("download.nsec_wait_max", "float", 600.0, 0, 1e6))
-    trusted = options.get("trusted_hosts", default="").replace(",", " ").split()
-    if not all(re.match(r"[\w.-]+\Z", host) for host in trusted):
-        raise options.wrong("trusted_hosts", "expected names of hosts, such as zipper.creodias.eu")
-    return Session(options.number("timeout", "float", 60.0, 0.01, 1e6), retry, trusted,
-                   options.get("token_url", default=None),
-                   options.number("download.connections", "int", 4, 1, 20))
+    retry = Retry(*map(options.get, (
+        "download.maxtry", "download.nsec_wait", "download.nsec_wait_max")))
+    timeout, trusted, token_url, connections = map(options.get, (
+        "timeout", "trusted_hosts", "token_url", "download.connections"))
+    return Session(timeout, retry, trusted, token_url, connections)
 
 
 def list_rows(options, session):
-    """Return the rows of an inquiry, newest first, and a dict of all rows and their geometries.
+    """Return the rows of an inquiry, newest first, and their geometries: {product_id: JSON text}.
 
-    These are JSON texts, where output.geojson asks for them.
+    The geometries only where output.geojson asks for them.
     """
     options.warn_of_misspelt()
-    query = query_of(options)
-    download_url = options.get("download_url", default=DOWNLOAD_URL)
-    if "{product_id}" not in download_url:
-        raise options.wrong("download_url", "%r has no {product_id} in it" % download_url)
-    minimum = options.number("area.minimum", "float", 0.0, 0, 100)
-    best = options.get("best", "bool", False)
-    keep_geometry = bool(options.get("output.geojson", default=""))
+    query, template, geometries = query_of(options), options.get("download_url"), {}
+    minimum, best, geojson = map(options.get, ("area.minimum", "best", "output.geojson"))
+
+    def row(product, fraction):
+        if geojson:         # kept as text: decoded, the points would take five times the memory
+            geometries[product.product_id] = json.dumps(split_geometry(product.geometry))
+        return row_of(product, template, fraction)
+
     found = in_area(in_period(search(query, session), query), query, minimum)
-    # kept as text: decoded, the points of a long list would take five times the memory
-    pairs = ((row_of(product, download_url, fraction),
-              json.dumps(split_geometry(product.geometry)) if keep_geometry else None)
-             for product, fraction in found)
-    geometries = {}
-    for row, geometry in selected(pairs, options):
-        geometries[row] = geometry
-    rows = best_rows(geometries) if best else geometries
-    if not geometries:
+    rows = list(selected(itertools.starmap(row, found), options))
+    if not rows:
         log.warning("nothing found: %s %s, %s to %s, area %s; see %s", query.collection,
                     query.producttype, query.start, query.end,
                     ",".join("%g" % edge for edge in query.box or ()) or "globe", shown(query.url))
-    return newest_first(rows), geometries
-
-
-def table_columns(options):
-    columns = tuple(options.get("output.columns", default=" ".join(COLUMNS))
-                    .replace(",", " ").replace(";", " ").split())
-    unknown = [name for name in columns if name not in Row._fields]
-    if unknown:
-        raise options.wrong("output.columns", "no column %s; expected %s" % (
-            " ".join(unknown), " ".join(Row._fields)))
-    return columns
-
-
-def dmode_of(options):
-    try:
-        return directory_mode(options.get("dmode", default=None))
-    except SettingsError as error:
-        raise options.wrong("dmode", str(error).partition(": ")[2]) from None
+    return newest_first(best_rows(rows) if best else rows), geometries
 
 
 def inquire(settings, rcbase="", session=None, today=None):
@@ -3584,15 +3484,15 @@ def inquire(settings, rcbase="", session=None, today=None):
     now by default, fills in the %Y-%m-%d of output.file.
     """
     options = Options(settings, rcbase)
-    today = today or datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(time.time()))
-    path = expand_time(options.get("output.file"), today)
-    geojson = expand_time(options.get("output.geojson", default=""), today)
-    columns, dmode = table_columns(options), dmode_of(options)
+    today = today or datetime.datetime.now(datetime.timezone.utc)
+    path, geojson = (expand_time(options.get("output." + name), today)
+                     for name in ("file", "geojson"))
+    columns, dmode = options.get("output.columns"), options.get("dmode")
     rows, geometries = list_rows(options, session or session_of(options))
     write_table(rows, path, columns, dmode)
     log.info("%s: %d products", path, len(rows))
     if geojson:
-        write_geojson([(row, geometries[row]) for row in rows], geojson, dmode)
+        write_geojson(rows, geometries, geojson, dmode)
     return rows
 
 
@@ -3602,6 +3502,10 @@ def tasks_of(rows, directory=".", part=None):
     `part` is "I/N": every N-th row only, I modulo N, so that arrays may count from 0 or from 1.
     A file name that stands in the table twice is fetched once, from its first row.
     """
+    try:
+        folder_template(directory)
+    except ValueError as error:
+        raise SettingsError("%r %s" % (directory, error)) from None
     tasks = {}
     for row in part_of(list(rows), part):
         try:
@@ -3618,19 +3522,14 @@ def tasks_of(rows, directory=".", part=None):
 
 def fill_in(directory, row):
     """Return the directory of a row: %{column} by its value, %Y etc. by its start time."""
-    def column(match):
-        value = getattr(row, match.group(1), None)
-        if value is None:
-            raise SettingsError("download.dir: no column %s; expected one of %s" % (
-                match.group(1), " ".join(Row._fields)))
-        return safe_name(value) if value else "unknown"
+    def value(match):
+        return safe_name(getattr(row, match.group(1)) or "unknown")
 
-    directory = re.sub(r"%\{(\w+)\}", column, directory)
+    directory = re.sub(r"%\{(\w+)\}", value, directory)
     if not re.search("%[YmdHMSjy]", directory):
         return directory
     if not row.start_time:
-        raise SettingsError("download.dir: %s has no start_time, which %%Y in %r needs"
-                            % (row.filename, directory))
+        raise ValueError("no start_time, which %%Y etc. in %r need" % directory)
     return expand_time(directory, parse_time(row.start_time.replace(" ", "T")))
 
 
@@ -3753,8 +3652,12 @@ class CSO_DataSpace_Downloader:
         Waits nsec_wait seconds before the second try, longer each time up to nsec_wait_max, at
         most maxtry tries in all.  Makes the directory where it is missing, with mode dmode.
         """
+        try:
+            mode = directory_mode(dmode)
+        except ValueError as error:
+            raise SettingsError("dmode: %r %s" % (dmode, error)) from None
         outcome = fetch(Task(href, os.fspath(output_file)), self.session,
-                        Retry(maxtry, nsec_wait, nsec_wait_max), directory_mode(dmode))
+                        Retry(maxtry, nsec_wait, nsec_wait_max), mode)
         log.info("%s%s: %s", indent, outcome.filename, outcome.state)
 
 
@@ -3767,14 +3670,6 @@ EXAMPLES = {
     "settings": "example: %(prog)s no2.rc",
     "check": "example: %(prog)s no2.rc",
 }
-
-
-class Terminated(BaseException):
-    """SIGTERM came."""
-
-    @classmethod
-    def on_signal(cls, number, frame):
-        raise cls
 
 
 class Screen(logging.Handler):
@@ -3949,28 +3844,30 @@ def options_of(args):
 
 def command_run(args, screen):
     options = options_of(args)
-    target = options.get("download.dir")
-    fill_in(target, Row._make(["x"] * len(Row._fields))._replace(start_time="2018-07-01 00:00:00"))
-    dmode = dmode_of(options)
+    query_of(options)
+    given = {name: options.get(name) for name in SETTINGS}      # a mistake is told before all else
     with session_of(options) as session:
         if args.dry_run:
-            session.note = say_request
-            return show_plan(tasks_of(list_rows(options, session)[0], target, args.part))
-        href = options.get("download_url", default=DOWNLOAD_URL)
-        if may_see_token(href, session.http.trusted):       # a wrong password is told at once
-            session.retrying("token", lambda: session.token.get(host_of(href)))
+            return dry_run(options, session, given["download.dir"], args.part)
+        if may_see_token(given["download_url"], session.http.trusted):      # a wrong password too
+            session.retrying("token", lambda: session.token.get(host_of(given["download_url"])))
         rows = inquire(options.settings, options.rcbase, session)
-        return fetch_all(tasks_of(rows, target, args.part), session, args.report, screen, dmode)
+        tasks = tasks_of(rows, given["download.dir"], args.part)
+        return fetch_all(tasks, session, args.report, screen, given["dmode"])
 
 
 def command_inquire(args, screen):
     options = options_of(args)
     with session_of(options) as session:
         if args.dry_run:
-            session.note = say_request
-            return show_plan(tasks_of(list_rows(options, session)[0]))
+            return dry_run(options, session)
         inquire(options.settings, options.rcbase, session)
     return 0
+
+
+def dry_run(options, session, directory=".", part=None):
+    session.note = say_request
+    return show_plan(tasks_of(list_rows(options, session)[0], directory, part))
 
 
 def say_request(request):
@@ -3992,12 +3889,10 @@ def rows_of(source, session):
     if not re.match(r"(https?|s3)://", source):
         return read_table(source)
     href = mend_href(source)
-    if href.startswith("s3://"):
-        return [Row(*[""] * 6, filename=href.rstrip("/").rpartition("/")[2], href=href)]
-    product = looked_up("%s/Products(%s)" % (catalogue_of(href), href_id(href)), session)
+    product = looked_up(href, session)
     if product is None:
         raise CatalogueError("%s: the catalogue has no such product; is the href right?" % source)
-    return [row_of(product, href)]
+    return [row_of(product, DOWNLOAD_URL if href.startswith("s3://") else href)]
 
 
 def show_plan(tasks):
@@ -4054,7 +3949,9 @@ def command_check(args, screen):
     session = session_of(options) if options else Session()
     session.retry = Retry(1)
     url = query_of(options).url if options else CATALOGUE_URL + "/odata/v1"
-    folder = options.get("download.dir", default=".") if options else "."
+    folder = "."
+    with contextlib.suppress(SettingsError):
+        folder = options.get("download.dir") if options else "."
     failed = 0
     with session:
         for name, probe in (
@@ -4099,7 +3996,7 @@ def check_opensearch(url, session):
     except HttpError as error:
         if api_of(url) == "opensearch" and not odata_beside(url):
             raise
-        return "ok: not needed; it is retired (%s)" % error
+        return "ok: not needed; retired in March 2026 (%s)" % error
     return "ok: %s answers" % base
 
 
@@ -4144,27 +4041,22 @@ def main(argv=None):
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     log.addHandler(screen)
     log.propagate = False
-    try:
-        before = signal.signal(signal.SIGTERM, Terminated.on_signal)
-    except ValueError:                  # not the main thread
-        before = None
+    before = None
+    with contextlib.suppress(ValueError):       # not the main thread
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return COMMANDS[args.command](args, screen)
-    except DataSpaceError as error:
-        log.error("%s", error)
-        return 1
     except BrokenPipeError:             # stdout went to a program such as head, which ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, UnicodeError) as error:
+    except (DataSpaceError, OSError, UnicodeError) as error:
         log.error("%s", error)
         return 1
-    except KeyboardInterrupt:
-        log.error("stopped by Ctrl-C; what has come is kept, run again to go on")
-        return 130
-    except Terminated:
-        log.error("stopped by SIGTERM; what has come is kept, run again to go on")
-        return 143
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = getattr(stop, "code", 130)
+        log.error("stopped by %s; what has come is kept, run again to go on",
+                  "SIGTERM" if status == 143 else "Ctrl-C")
+        return status
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
