@@ -515,10 +515,10 @@ def logical_lines(data, filename, files):
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     pieces = []
-    for lineno, text in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
-        text = text.rstrip()
-        pieces.append(text.rstrip("\\").rstrip())
-        if not text.endswith("\\"):
+    for lineno, physical in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
+        physical = physical.rstrip()
+        pieces.append(physical.rstrip("\\").rstrip())
+        if not physical.endswith("\\"):
             text = " ".join(pieces[:1] + [piece.lstrip() for piece in pieces[1:] if piece]).rstrip()
             line = Line(text, filename, lineno + 1 - len(pieces), files)
             if "\0" in text:
@@ -796,8 +796,8 @@ class Box(NamedTuple):
         if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
             raise ValueError("is no area; expected west and east within -360 and 360 degrees")
         if not -90 <= box.south <= box.north <= 90:
-            raise ValueError("is no area; expected west,south,east,north with -90 <= south <= north "
-                             "<= 90")
+            raise ValueError("is no area; expected west,south,east,north with south <= north, both "
+                             "within -90 and 90 degrees")
         if abs(box.east - box.west) > 360:
             raise ValueError("is no area; expected one at most 360 degrees wide")
         return box
@@ -3385,14 +3385,14 @@ def in_area(products, query, minimum):
         return ((product, None) for product in products)
 
     def covered():
-        count = unknown = 0
-        for count, product in enumerate(products, 1):
+        unknown = 0
+        for product in products:
             overlaps, fraction = box_overlap(product.geometry, query.box)
             unknown += fraction is None
             yield product, fraction if overlaps else -1         # outside
         if unknown:
-            log.warning("footprints: %d of %d are missing or can't be read; these products count "
-                        "as overlapping", unknown, count)
+            log.warning("footprints: %d missing or not readable; these products count as "
+                        "overlapping", unknown)
 
     def reason(found):
         if found[1] is None or 100 * found[1] >= minimum:

@@ -4270,7 +4270,7 @@ class InquireTest(CatalogueCase):
         self.assertEqual(logged, [])
         with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged('WARNING') as logged:
             self.inquire(space, {'area': '-30,30,35,76', 'timerange.end': '2026-01-01'})
-        self.assertIn('footprints: 1 of ', *logged)
+        self.assertIn('footprints: 1 missing', *logged)
 
     def test_columns(self):
         with DataSpace([CH4._replace(content=321)]) as space:
