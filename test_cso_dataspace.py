@@ -2703,6 +2703,7 @@ class SettingsTest(SettingsCase):
                 ("#warning x", "main.rc:1", "#warning"), ("####", "main.rc:1"),
                 ("a : 1\n#if 1\n#if 1\n#endif", "main.rc:2", "#endif"),
                 ("\n#endif", "main.rc:2", "#endif"), ("#else", "main.rc:1", "#else"),
+                ("#for i in 1\n#else\na : 1\n#endfor", "main.rc:2", "#else"),
                 ("#if 1\n#endfor", "main.rc:2", "#endif"),
                 ("#for X in a\nX : 1", "main.rc:1", "#endfor"),
                 ("#for X a b\n#endfor", "main.rc:1", "#for NAME in"),
@@ -4097,13 +4098,14 @@ class InquireTest(CatalogueCase):
             ('producttype', 'CH4', 'L2__CH4___'), ('producttype', 'ch4', 'L2__CH4___'),
             ('producttype', 'L2__CO', 'L2__CO____'), ('producttype', 'SO2', 'L2__SO2___'),
             ('producttype', 'HCHO', 'L2__HCHO__'), ('producttype', 'CLOUD', 'L2__CLOUD_'),
-            ('collection', 'Sentinl5P', 'expected S'), ('collection', 'Sentinel/5P', 'expected S'),
+            ('collection', 'Sentinl5P', 'expected S'), ('collection', '../x', 'expected S'),
             ('area', '35,30,-30', 'west,south,east,north'), ('area', '-30,76,35,30', 'south'),
             ('area', '30,-30,76,135', '90'), ('area', 'Europe', 'west,south,east,north'),
             ('area', '-400,0,1,1', '360'), ('area.minimum', '101', '0 to 100'),
             ('area.minimum', 'half', "'half'"), ('area.filter', 'remote', 'local or server'),
             ('api', 'rest', 'odata'), ('url', 'catalogue.dataspace.copernicus.eu', 'https://'),
-            ('url', 'https://example.org/api', 'api'), ('best', 'maybe', "'maybe'"),
+            ('url', 'https://example.org/api', 'api'),
+            ('url', 'https://me:secret@example.org/odata', "'...@example.org/odata'"), ('best', 'maybe', "'maybe'"),
             ('download_url', 'https://example.org/Products()/$value', '{product_id}'),
             ('output.columns', 'orbit;md6', 'md6'), ('selection', '%{orbit} ==', 'expression'),
             ('selection', "__import__('os')", '__import__'), ('dmode', 'rwx', 'octal'),
@@ -4230,7 +4232,7 @@ class InquireTest(CatalogueCase):
             ('OFFL', whole, '00003', '01', '010302', '200101T050000'))]
         with DataSpace([s5p(name) for name in names]) as space:
             found = self.kept(space, {'best': 'True'}, 'best', '4 kept, 7 dropped .*RPRO')
-            self.assertEqual(set(found), {names[k] for k in (0, 6, 8, 9)})
+            self.assertEqual(found, [names[k] for k in (8, 6, 9, 0)])       # newest first
             self.assertEqual(len(self.names(space, {'best': 'False'})), 11)
             self.assertEqual(len(self.names(space)), 11)
             found = self.names(space, {'best': 'True', 'selection': "%{processing} \\!= 'RPRO'"})
@@ -5910,6 +5912,7 @@ class MainTest(Case):
                 (["run", RC, "--part", "3"], 2, "argument --part: '3' is not I/N"),
                 (["run", RC, "--set", "area=1,2,3"], 1, "area: '1,2,3' is no area"),
                 (["run", RC, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
+                (["run", RC, "--set", "timerange.end=2001-01-01"], 1, "is before timerange.start"),
                 (["run", RC, "--set", "dmode=abc"], 1, "--set dmode: dmode: 'abc' is no mode"),
                 (["download", broken], 1, "table.csv:3: 1 fields; the header has 2"),
                 (["download", "nosuch.csv"], 1, "nosuch.csv: can't be read"),
@@ -5918,6 +5921,7 @@ class MainTest(Case):
                 (["download", self.space.odata + "/Products(x)/$value"], 1, "no such product"),
                 (["download", "https://[/x"], 1, "error"), (["download", "http:///x"], 1, "error"),
                 (["download", good, "--nonsense"], 2, "--nonsense"),
+                (["download", good, "--dir", "%{orbits}"], 1, "'%{orbits}' has no column orbits"),
                 (["download", good, "--part", "1/0"], 2, "'1/0' is not I/N"),
                 (["download", good, "--connections", "0", "--dry-run"], 2, "--connections"),
                 (["settings", missing], 1, missing),
@@ -5931,7 +5935,7 @@ class MainTest(Case):
                 self.assertNotIn("Traceback", err)
                 if status == 1:
                     self.assertEqual(err.count("error: "), 1, err)
-        self.assertEqual((self.names(".nc"), self.space.count("value")), ([], 0))
+        self.assertEqual((self.names(".nc"), self.space.count("token")), ([], 0))
 
     def test_misspelt_setting_is_pointed_out(self):
         _, _, err = self.run_main("run", RC, *(self.common + [
@@ -6062,6 +6066,22 @@ class ProjectTest(Case):
              "_cds.box_overlap(None, [0, 0, 1, 1]), len(_cds.__all__) == len(set(_cds.__all__)))"],
             cwd=self.folder, universal_newlines=True)
         self.assertEqual(out, "cso_dataspace (True, None) True\n")
+
+    def test_the_settings_of_the_readme_are_those_of_the_program(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as text:
+            rows = re.findall(r"(?m)^\| (`[a-z_`, .]+`) \| ([^|]+) \|", text.read())
+        said = {}
+        for names, defaults in rows:
+            required = defaults.startswith("required")
+            names, defaults = re.findall("`(.+?)`", names), re.findall("`(.+?)`", defaults)
+            defaults = [] if required else defaults
+            said.update(itertools.zip_longest(names, defaults[:len(names)]))
+        self.assertEqual(set(said), set(cso.SETTINGS))
+        for name, default in said.items():
+            reader, expected = cso.SETTINGS[name]
+            with self.subTest(name):
+                if default and name != "area.filter":
+                    self.assertEqual(reader(default), expected)
 
     def test_every_promised_name_is_there_with_a_docstring(self):
         for name in cso.__all__:
