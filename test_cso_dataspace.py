@@ -4136,6 +4136,16 @@ class InquireTest(CatalogueCase):
                     self.inquire(space, {'collection': 'Landsat9'}, api)
         self.assertEqual(self.read('table.csv'), b'old')
 
+    def test_who_filters_by_area_first(self):
+        with DataSpace() as space:
+            for collection, place, asked in (('Sentinel5P', '', False), ('Sentinel2', '', True),
+                                             ('Sentinel5P', 'server', True),
+                                             ('Sentinel2', 'local', False)):
+                with self.subTest(collection, place=place):
+                    self.inquire(space, {'collection': collection, 'area': '0,0,10,10',
+                                         'area.filter': place})
+                    self.assertEqual('Intersects' in space.requests[-1][1], asked)
+
     def test_types_of_other_missions_pass_as_they_are(self):
         with DataSpace() as space:
             for producttype in ('S2MSI1C', "it's"):
