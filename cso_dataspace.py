@@ -2347,9 +2347,8 @@ class Stac:
         return Stac.search(query, names) if names else Stac.collections(query)
 
     @staticmethod
-    def collections(query, searched=False):
-        """Return the request for the list of collections; its place: those known, and why."""
-        return Request(query.url + "/collections?limit=1000", None, ([], searched))
+    def collections(query):
+        return Request(query.url + "/collections?limit=1000", None, [])     # known so far
 
     @staticmethod
     def names(query):
@@ -2391,19 +2390,16 @@ class Stac:
         if following:
             following = following._replace(place="later page")
         elif not products and not request.place:
-            following = Stac.collections(query, searched=True)
+            following = Stac.collections(query)
         return products, following
 
     @staticmethod
     def after_collections(page, following, query, request):
-        """Return the search of the mission's collections that hold the type; raise if none does.
-
-        Where they were searched before, in vain, there is nothing to search again.
-        """
-        known, searched = request.place
+        """Return the search of the mission's collections that hold the type; raise if none does."""
+        known = request.place
         more = [one for one in page["collections"] if one not in known]
         if following and more:
-            return following._replace(place=(known + more, searched))
+            return following._replace(place=known + more)
         if following:
             raise CatalogueError("%s: a page of collections brings nothing new while more is "
                                  "announced" % shown(request.url))
@@ -2415,7 +2411,7 @@ class Stac:
                 "%s: no collection for %s %s; this service holds only the types that its "
                 "collections name, %s/odata/v1 holds all" % (
                     shown(request.url), query.collection, query.producttype, CATALOGUE_URL))
-        return None if searched else Stac.search(query, found)._replace(place="known to be there")
+        return Stac.search(query, found)._replace(place="known to be there")
 
     @staticmethod
     def following(page, request):
