@@ -3087,7 +3087,7 @@ def looked_up(href, session, retry=None):
 
 def check_space(tasks):
     """Raise FileError where the free space is known to be too small for what is to come."""
-    folder = existing_directory(os.path.dirname(tasks[0].path)) if tasks else "."
+    folder = existing_directory(os.path.dirname(tasks[0].path if tasks else ""))
     needed = sum(task.size for task in tasks if not os.path.exists(task.path))
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -3738,15 +3738,14 @@ def say(text):
 def parser():
     top = argparse.ArgumentParser(
         prog="cso_dataspace", description="List and fetch Sentinel products of the Copernicus "
-        "Data Space. A table is complete, or there is an error; a file is complete and checked, "
-        "or absent.", epilog="exit status: 0 all well, 1 error, 2 usage, 3 some files failed, "
+        "Data Space.", epilog="exit status: 0 all well, 1 error, 2 usage, 3 some files failed, "
         "130 and 143 stopped by a signal")
     top.add_argument("--version", action="version", version="cso_dataspace " + __version__)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True
 
     def command(name, text, example="no2.rc"):
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+        sub = commands.add_parser(name, help=text, description=text.capitalize() + ".",
                                   epilog="example: %(prog)s " + example)
         sub.add_argument("-q", "--quiet", action="store_true", help="errors only")
         sub.add_argument("-v", "--verbose", action="store_true", help="requests and dropped rows")
@@ -3959,22 +3958,19 @@ def check_python():
 
 def check_catalogue(url, session):
     """Ask for the least there is; tell how far the clocks are apart."""
-    base = url.rstrip("/")
-    if api_of(base) == "opensearch":
-        base = odata_beside(base) or base
+    base = api_of(url) == "opensearch" and odata_beside(url) or url
     date = asked(base, session)
     skew = abs(email.utils.mktime_tz(date) - time.time()) if date else 0
-    return "ok: %s answers, clocks differ by %d s" % (base, skew)
+    return "ok: %s answers, clocks differ by %d s" % (base.rstrip("/"), skew)
 
 
 def check_opensearch(url, session):
-    base = url.rstrip("/")
-    if api_of(base) != "opensearch":
-        base = "%s://%s/resto/api" % split_url(base)[:2]
+    meant = api_of(url) == "opensearch"
+    base = url.rstrip("/") if meant else "%s://%s/resto/api" % split_url(url)[:2]
     try:
         asked(base, session)
     except HttpError as error:
-        if api_of(url) == "opensearch" and not odata_beside(url):
+        if meant and not odata_beside(url):
             raise
         return "ok: not needed; retired in March 2026 (%s)" % error
     return "ok: %s answers" % base
@@ -3984,7 +3980,7 @@ def asked(base, session):
     """Return the parsed Date header of the smallest page of a catalogue; raise HttpError."""
     probe = {"odata": "/Products?$top=1&$select=Id", "stac": "/collections?limit=1",
              "opensearch": "/collections/Sentinel5P/search.json?maxRecords=1"}[api_of(base)]
-    with session.http.open(base + probe, {"Accept": "application/json"}) as response:
+    with session.http.open(base.rstrip("/") + probe, {"Accept": "application/json"}) as response:
         decode_json(session.read(response, base), base)
         return email.utils.parsedate_tz(response.headers.get("Date") or "")
 
@@ -4007,16 +4003,28 @@ COMMANDS = {"run": command_run, "inquire": command_inquire, "download": command_
             "settings": command_settings, "check": command_check}
 
 
+def drain(stream):
+    """Flush what is left; if its reader has gone, let Python not stumble over that at exit."""
+    try:
+        if stream:
+            stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(argv=None):
     """Run the command line and return the exit status: 0, 1, 2, 3, 130 or 143.
 
     No traceback for what a user can cause.
     """
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit as error:         # argparse has said why
-        return error.code or 0
     with contextlib.ExitStack() as undo:
+        undo.callback(drain, sys.stdout)
+        undo.callback(drain, sys.stderr)
+        try:
+            args = parser().parse_args(argv)
+        except SystemExit as error:         # argparse has said why
+            return error.code or 0
         screen = Screen(sys.stderr or undo.enter_context(open(os.devnull, "w")), args.quiet)
         undo.callback(log.setLevel, log.level)
         undo.callback(setattr, log, "propagate", log.propagate)
@@ -4030,7 +4038,6 @@ def main(argv=None):
         try:
             return COMMANDS[args.command](args, screen)
         except BrokenPipeError:             # stdout went to a program such as head, which ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (DataSpaceError, OSError, UnicodeError) as error:
             log.error("%s", error)
