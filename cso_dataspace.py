@@ -2736,7 +2736,7 @@ class Part:
 
     def __init__(self, target):
         self.target, self.path, self.file = target, part_name(target), None
-        self.came, self.wrong_bodies = 0, []
+        self.came, self.faults = 0, collections.Counter()
         Part.alive.add(self.path)
         self.reset()
 
@@ -2760,9 +2760,6 @@ class Part:
     def write_all(self, source):
         for data in iter(lambda: source.read(CHUNK), b""):
             self.write(data)
-
-    def digest(self):
-        return self.md5.hexdigest() if self.md5 else ""
 
     def leave(self):
         """Close the part for good; one with bytes in it is kept for the next run."""
@@ -2917,13 +2914,13 @@ def verify(task, part):
 
     The part is empty again then.  The same wrong bytes three times are taken for an answer.
     """
-    body = part.count, part.digest()
+    count = part.count
     try:
         return checked(task, part)
     except CheckError as error:
         part.reset()
-        part.wrong_bodies.append(body)
-        hopeless = part.wrong_bodies.count(body) == 3
+        part.faults[count, str(error)] += 1
+        hopeless = part.faults[count, str(error)] == 3
         raise CheckError("%s: %s%s" % (
             os.path.basename(task.path), error, "; it came like that 3 times, so the catalogue and "
             "the file do not agree" * hopeless), error.temporary and not hopeless) from error
@@ -2954,8 +2951,8 @@ def checked(task, part):
 def mismatch(task, part):
     if task.size and part.count != task.size:
         return "%d bytes came, %d were expected" % (part.count, task.size)
-    if task.md5 and part.digest() != task.md5:
-        return "MD5 %s came, %s was expected" % (part.digest(), task.md5)
+    if task.md5 and part.md5.hexdigest() != task.md5:
+        return "MD5 %s came, %s was expected" % (part.md5.hexdigest(), task.md5)
     return "" if part.count else "an empty file came"
 
 
@@ -2982,13 +2979,11 @@ def unpack(part, size):
     try:
         part.reset()
         with opened_zip(whole) as archive:
-            members = [item for item in archive.infolist() if item.filename.endswith(".nc")]
+            members = [item for item in archive.infolist() if item.filename.endswith(".nc")
+                       and size in (0, item.file_size)]
             if len(members) != 1:
-                raise CheckError("a zip with %d .nc files came; one was expected" % len(members),
-                                 temporary=False)
-            if members[0].file_size != (size or members[0].file_size):
-                raise CheckError("a zip came with a file of %d bytes, %d were expected" % (
-                    members[0].file_size, size))
+                raise CheckError("a zip with %d .nc files%s came; one was expected" % (
+                    len(members), " of %d bytes" % size if size else ""), temporary=False)
             with archive.open(members[0]) as source:
                 part.write_all(source)
     finally:
@@ -3818,7 +3813,7 @@ def signals_end(session):
     with session:
         try:
             yield session
-        except (KeyboardInterrupt, SystemExit):
+        except SystemExit:
             session.stop()
             raise
 
@@ -3928,7 +3923,7 @@ def command_check(args, screen):
     session, url, folder, failed = Session(), CATALOGUE_URL + "/odata/v1", ".", 0
     if args.rcfile:
         options = options_of(args)
-        session, url = session_of(options), query_of(options).url
+        session, url = session_of(options), query_of(options).url.rstrip("/")
         with contextlib.suppress(SettingsError):
             folder = options.get("download.dir")
     session.retry = Retry(1)
@@ -3961,12 +3956,12 @@ def check_catalogue(url, session):
     base = api_of(url) == "opensearch" and odata_beside(url) or url
     date = asked(base, session)
     skew = abs(email.utils.mktime_tz(date) - time.time()) if date else 0
-    return "ok: %s answers, clocks differ by %d s" % (base.rstrip("/"), skew)
+    return "ok: %s answers, clocks differ by %d s" % (base, skew)
 
 
 def check_opensearch(url, session):
     meant = api_of(url) == "opensearch"
-    base = url.rstrip("/") if meant else "%s://%s/resto/api" % split_url(url)[:2]
+    base = url if meant else "%s://%s/resto/api" % split_url(url)[:2]
     try:
         asked(base, session)
     except HttpError as error:
@@ -3980,7 +3975,7 @@ def asked(base, session):
     """Return the parsed Date header of the smallest page of a catalogue; raise HttpError."""
     probe = {"odata": "/Products?$top=1&$select=Id", "stac": "/collections?limit=1",
              "opensearch": "/collections/Sentinel5P/search.json?maxRecords=1"}[api_of(base)]
-    with session.http.open(base.rstrip("/") + probe, {"Accept": "application/json"}) as response:
+    with session.http.open(base + probe, {"Accept": "application/json"}) as response:
         decode_json(session.read(response, base), base)
         return email.utils.parsedate_tz(response.headers.get("Date") or "")
 
@@ -4001,6 +3996,14 @@ def check_folder(folder):
 
 COMMANDS = {"run": command_run, "inquire": command_inquire, "download": command_download,
             "settings": command_settings, "check": command_check}
+STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
+def stop(number, frame):
+    """End the run at a signal.  Those that a launcher of jobs sends on as well change nothing."""
+    for other in STOPS:
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def drain(stream):
@@ -4033,8 +4036,10 @@ def main(argv=None):
         log.propagate = False
         log.addHandler(screen)
         with contextlib.suppress(ValueError):       # not the main thread
-            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            undo.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
+            for number in STOPS:
+                if signal.getsignal(number) != signal.SIG_IGN:      # as in the background
+                    before = signal.signal(number, stop)
+                    undo.callback(signal.signal, number, before or signal.SIG_DFL)
         try:
             return COMMANDS[args.command](args, screen)
         except BrokenPipeError:             # stdout went to a program such as head, which ended
@@ -4042,11 +4047,10 @@ def main(argv=None):
         except (DataSpaceError, OSError, UnicodeError) as error:
             log.error("%s", error)
             return 1
-        except (KeyboardInterrupt, SystemExit) as stop:
-            status = getattr(stop, "code", 130)
+        except SystemExit as stopped:
             log.error("stopped by %s; what has come is kept, run again to go on",
-                      "SIGTERM" if status == 143 else "Ctrl-C")
-            return status
+                      STOPS[stopped.code - 128])
+            return stopped.code
 
 
 if __name__ == "__main__":
