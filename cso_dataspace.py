@@ -2809,10 +2809,8 @@ def claim(part, task):
     now = os.fstat(part.file.fileno()).st_mtime     # by the clock of the disk, as all the others
     others = parts_beside(task.path)
     others.pop(part.path, None)
-    for path, (_, written, owner) in others.items():
-        if not is_abandoned(path, written, owner, now):
-            return False
-    if is_present(task):
+    if not all(is_abandoned(path, written, owner, now)
+               for path, (_, written, owner) in others.items()) or is_present(task):
         return False
     for path in sorted(others, key=others.get, reverse=True):       # the longest first
         inherit(part, path, task)
@@ -3077,7 +3075,7 @@ def looked_up(href, session, retry=None):
             raise
     except UNREADABLE as error:
         log.debug("%s: no description of a product (%s)", shown(url), error)
-    raise CatalogueError("%s: the catalogue has no such product; is the href right?" % shown(href))
+    raise CatalogueError("%s: the catalogue has no product for this href; is it right?" % shown(href))
 
 
 def check_space(tasks):
@@ -3877,38 +3875,35 @@ def show_plan(tasks):
 
 def fetch_all(tasks, session, report, screen, dmode=None):
     """Download the tasks, show and report how each ended; return the exit status."""
-    progress, ended = Progress(tasks, screen), []
+    progress = Progress(tasks, screen)
     sizes = {os.path.basename(task.path): task.size for task in tasks}
-    write_report(ended, tasks, report)          # fails now, not after a night of downloads
+    outcomes = {name: Outcome(name, "failed", message="not reached") for name in sizes}
+    write_report(report, outcomes)              # fails now, not after a night of downloads
     try:
         for outcome in download(tasks, session, dmode, progress.add, progress.draw):
-            ended.append(outcome)
+            outcomes[outcome.filename] = outcome
             progress.end(outcome, sizes[outcome.filename])
     except BaseException:
         with contextlib.suppress(FileError):    # what ended the run is told, not this
-            write_report(ended, tasks, report)
+            write_report(report, outcomes)
         raise
     screen.write("")
-    write_report(ended, tasks, report)
-    counts = collections.Counter(outcome.state for outcome in ended)
+    write_report(report, outcomes)
+    counts = collections.Counter(outcome.state for outcome in outcomes.values())
     said = ", ".join("%d %s" % (count, state) for state, count in sorted(counts.items()))
-    say("%d of %d files here: %s" % (len(ended) - counts["failed"], len(tasks),
+    say("%d of %d files here: %s" % (len(outcomes) - counts["failed"], len(outcomes),
                                      said or "nothing to do"))
     if counts["failed"]:
         log.error("%d files failed; run the same command again to go on", counts["failed"])
     return 3 if counts["failed"] else 0
 
 
-def write_report(ended, tasks, path):
+def write_report(path, outcomes):
     """Write a csv line for each file; those that a stop left out are failed as well."""
-    known = {outcome.filename for outcome in ended}
-    names = [os.path.basename(task.path) for task in tasks]
-    missing = [Outcome(name, "failed", message="not reached") for name in names
-               if name not in known]
     if path:
         write_csv(path, Outcome._fields, (
             outcome._replace(seconds="%.1f" % outcome.seconds, message=printable(outcome.message))
-            for outcome in ended + missing))
+            for outcome in outcomes.values()))
 
 
 def command_settings(args, screen):
