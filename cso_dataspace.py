@@ -515,10 +515,10 @@ def logical_lines(data, filename, files):
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     pieces = []
-    for lineno, text in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
-        text = text.rstrip()
-        pieces.append(text.rstrip("\\").rstrip())
-        if not text.endswith("\\"):
+    for lineno, physical in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
+        physical = physical.rstrip()
+        pieces.append(physical.rstrip("\\").rstrip())
+        if not physical.endswith("\\"):
             text = " ".join(pieces[:1] + [piece.lstrip() for piece in pieces[1:] if piece]).rstrip()
             line = Line(text, filename, lineno + 1 - len(pieces), files)
             if "\0" in text:
@@ -796,8 +796,8 @@ class Box(NamedTuple):
         if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
             raise ValueError("is no area; expected west and east within -360 and 360 degrees")
         if not -90 <= box.south <= box.north <= 90:
-            raise ValueError("is no area; expected west,south,east,north with -90 <= south <= north "
-                             "<= 90")
+            raise ValueError("is no area; expected west,south,east,north with south <= north, both "
+                             "within -90 and 90 degrees")
         if abs(box.east - box.west) > 360:
             raise ValueError("is no area; expected one at most 360 degrees wide")
         return box
@@ -1592,8 +1592,11 @@ def proxy_of(url):
 def status_error(url, response):
     """Return the HttpError for an answer with a failure status, and close it."""
     status, body = response.status, b""
-    with response, contextlib.suppress(HttpError):
-        body = next(chunks(response, url, 5), b"")      # the begin of what it says will do
+    with response, contextlib.suppress(HttpError):      # a part of what it says will do
+        for data in chunks(response, url, 5):
+            body += data
+            if len(body) > 4096:
+                break
     said = service_message(body)
     if status in REDIRECTS:
         said = "redirected to " + shown(response.headers.get("Location") or "nowhere")
@@ -2096,8 +2099,8 @@ PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
 SKIP_MAX = 10000                # both walked services refuse more
 SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplified and bent
 SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
-MISSIONS = {"sentinel1": "SENTINEL-1", "sentinel2": "SENTINEL-2", "sentinel3": "SENTINEL-3",
-            "sentinel5p": "SENTINEL-5P", "sentinel6": "SENTINEL-6"}
+S5P = "SENTINEL-5P"
+MISSIONS = ["SENTINEL-1", "SENTINEL-2", "SENTINEL-3", S5P, "SENTINEL-6"]
 
 
 class Query(NamedTuple):
@@ -2122,24 +2125,23 @@ class Query(NamedTuple):
 
 def mission(collection):
     """Return the catalogue's spelling, SENTINEL-5P, of Sentinel5P or SENTINEL-5P alike."""
-    key = re.sub(r"[-_ ]", "", collection).lower()
-    return MISSIONS.get(key, collection)
+    name = re.sub("[-_ ]", "", collection).upper().replace("SENTINEL", "SENTINEL-")
+    return name if name in MISSIONS else collection
 
 
 def has_footprint(collection, producttype):
     """Return whether all catalogues draw footprints for a product type."""
-    return mission(collection) != "SENTINEL-5P" or not producttype.startswith(
+    return collection != S5P or not producttype.startswith(
         ("L1B_IR_", "AUX_", "L2__O3_TCL"))
 
 
 def longest_product(query):
     """Return the time that no product of this type exceeds, to find those that began before."""
-    if mission(query.collection) == "SENTINEL-5P":
+    if query.collection == S5P:
         multi_day = query.producttype.startswith(("L2__O3_TCL", "AUX_"))
         return datetime.timedelta(days=8 if multi_day else 1)
     composite = query.producttype.startswith("SY_") or not query.producttype
-    known = mission(query.collection) in MISSIONS.values()
-    return datetime.timedelta(days=1 if known and not composite else 32)
+    return datetime.timedelta(days=1 if query.collection in MISSIONS and not composite else 32)
 
 
 def wider_boxes(query):
@@ -2224,7 +2226,7 @@ class OData(Walked):
                   "$top": OData.page_size(query)}
         if skip:
             fields["$skip"] = skip
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
         elif query.selected:
             fields["$select"] = ",".join(select)
@@ -2237,14 +2239,14 @@ class OData(Walked):
 
     @staticmethod
     def condition(query, since):
-        terms = ["Collection/Name eq '%s'" % mission(query.collection)]
+        terms = ["Collection/Name eq '%s'" % query.collection]
         if query.producttype:
             terms.append("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' "
                          "and att/OData.CSC.StringAttribute/Value eq '%s')"
                          % query.producttype.replace("'", "''"))
         terms.append("ContentDate/Start ge " + format_time(since))
         terms.append("ContentDate/Start le " + format_time(query.end))
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             terms.append("ContentDate/End ge " + format_time(query.start))
         areas = ["OData.CSC.Intersects(area=geography'SRID=4326;%s')" % wkt_of([box])
                  for box in wider_boxes(query)]
@@ -2289,7 +2291,7 @@ class OpenSearch(Walked):
 
     @staticmethod
     def request(query, since, skip):
-        collection = mission(query.collection).replace("SENTINEL-", "Sentinel")
+        collection = query.collection.replace("SENTINEL-", "Sentinel")
         # the service lists what lies within its period, so it is asked for a longer one
         fields = {"startDate": format_time(since), "maxRecords": PAGE["opensearch"],
                   "completionDate": format_time(query.end + longest_product(query)),
@@ -2354,7 +2356,7 @@ class Stac:
         """Return the collections that hold a Sentinel-5P type, or one given as such."""
         if query.collection.startswith("sentinel-"):
             return [query.collection]
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             return []
         level, _, kind = query.producttype.partition("_")
         name = "sentinel-5p-%s-%s" % (level[:2].lower(), re.sub("_+", "-", kind.strip("_")).lower())
@@ -2405,7 +2407,7 @@ class Stac:
         if following:
             raise CatalogueError("%s: a page of collections brings nothing new while more is "
                                  "announced" % shown(request.url))
-        wanted, prefix = Stac.names(query), mission(query.collection).lower() + "-"
+        wanted, prefix = Stac.names(query), query.collection.lower() + "-"
         found = [one["id"] for one in known + more if one["id"] in wanted or (
             not wanted and one["id"].startswith(prefix) and may_hold(one, query.producttype))]
         if not found:
@@ -2531,7 +2533,7 @@ def first_page(query, session):
     """
     api = api_of(query.url) if query.api == "auto" else query.api
     substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
-    query = query._replace(api=api, url=query.url.rstrip("/"))
+    query = query._replace(api=api, url=query.url.rstrip("/"), collection=mission(query.collection))
     request = ADAPTERS[api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
     try:
@@ -3179,9 +3181,9 @@ def catalogue_url(text):
 def known_collection(text):
     """Return the collection in the catalogue's spelling; both spellings are taken."""
     name = mission(text)
-    meant = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
+    meant = difflib.get_close_matches(name.upper(), MISSIONS, 1, 0.8)
     if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
-        known = (meant or ["SENTINEL-5P"])[0]
+        known = (meant or [S5P])[0]
         raise ValueError("is unknown; expected %s or %s" % (
             known.replace("SENTINEL-", "Sentinel"), known))
     return name
@@ -3310,11 +3312,11 @@ def query_of(options):
             api_of(url)
     except ValueError as error:
         raise options.wrong("url", error) from None
-    producttype = options.get("producttype", required=collection == "SENTINEL-5P")
-    if collection == "SENTINEL-5P" and len(producttype) != 10:
+    producttype = options.get("producttype", required=collection == S5P)
+    if collection == S5P and len(producttype) != 10:
         raise options.wrong("producttype", "has %d characters, a Sentinel-5P type has 10; is %s "
                             "meant?" % (len(producttype), meant_type(producttype)))
-    usual = "local" if collection == "SENTINEL-5P" else "server"
+    usual = "local" if collection == S5P else "server"
     server = (options.get("area.filter") or usual) == "server"
     drawn = has_footprint(collection, producttype)
     needed = drawn and box is not None or bool(options.get("output.geojson"))
@@ -3359,14 +3361,14 @@ def in_area(products, query, minimum):
         return ((product, None) for product in products)
 
     def covered():
-        count = unknown = 0
-        for count, product in enumerate(products, 1):
+        unknown = 0
+        for product in products:
             overlaps, fraction = box_overlap(product.geometry, query.box)
             unknown += fraction is None
             yield product, fraction if overlaps else -1         # outside
         if unknown:
-            log.warning("footprints: %d of %d are missing or can't be read; these products count "
-                        "as overlapping", unknown, count)
+            log.warning("footprints: %d missing or not readable; these products count as "
+                        "overlapping", unknown)
 
     def reason(found):
         if found[1] is None or 100 * found[1] >= minimum:
