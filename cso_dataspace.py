@@ -2759,10 +2759,6 @@ class Part:
         if self.md5:
             self.md5.update(data)
 
-    def write_all(self, source):
-        for data in iter(lambda: source.read(CHUNK), b""):
-            self.write(data)
-
     def leave(self):
         """Close the part for good; one with bytes in it is kept for the next run."""
         with contextlib.suppress(OSError):
@@ -2831,7 +2827,7 @@ def inherit(part, left, task):
         # only an MD5 can tell whether old bytes and new ones belong together
         if task.md5 and not part.count and os.path.getsize(mine) <= (task.size or math.inf):
             with open(mine, "rb") as source:
-                part.write_all(source)
+                shutil.copyfileobj(source, part, CHUNK)
     discard(mine)
 
 
@@ -2985,7 +2981,7 @@ def unpack(part, size):
                 raise CheckError("a zip with %d .nc files%s came; one was expected" % (
                     len(members), " of %d bytes" % size if size else ""), temporary=False)
             with archive.open(members[0]) as source:
-                part.write_all(source)
+                shutil.copyfileobj(source, part, CHUNK)
     finally:
         discard(whole)
 
@@ -3070,14 +3066,14 @@ def looked_up(href, session, retry=None):
         url = "%s/Products(%s)" % (base, href_id(href))
     try:
         page = session.read_json(Request(url), retry) if url else {"value": []}
-        found = page["value"] if isinstance(page.get("value"), list) else [page]
-        return OData.product(found[0])
+        return OData.product(page.get("value", [page])[0])
     except HttpError as error:
         if error.temporary or error.status not in (400, 404, 422):
             raise
     except UNREADABLE as error:
         log.debug("%s: no description of a product (%s)", shown(url), error)
-    raise CatalogueError("%s: the catalogue has no product for this href; is it right?" % shown(href))
+    raise CatalogueError("%s: the catalogue has no product for this href; is it right?"
+                         % shown(href))
 
 
 def check_space(tasks):
@@ -3638,6 +3634,7 @@ class CSO_DataSpace_Downloader:
 
 
 ################ Command line ################
+
 
 class Screen(logging.Handler):
     """What the user sees on stderr: messages, and on a terminal one line of progress below them."""
