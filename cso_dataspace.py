@@ -914,11 +914,11 @@ def is_directory_product(filename):
 #    line on a map. Edges along a parallel belong to maps and bands, and stay straight. Bending
 #    keeps an edge within its longitudes, so for a box only the edges over it need be bent.
 #
-# A box overlaps if an edge meets it or a copy of it. If none does it is wholly in or wholly out,
-# as its centre is. The covered fraction is the shade that falls into it.
+# The walks are cut at the sides of a box and of its copies. It overlaps if one of these edges meets
+# it. If none does it is wholly in or wholly out, as its centre is. The covered fraction is the
+# shade that falls into it. Cut at the sides of -180..180 they make GeoJSON for other programs.
 #
-# Sources: Gauss's area formula and the winding number (any text on Green's theorem); Cyrus and
-# Beck 1978 (edge against box); Weiler and Atherton 1977 (walking along the frame to close a cut
+# Sources: Gauss's area formula and the winding number (any text on Green's theorem); Weiler and Atherton 1977 (walking along the frame to close a cut
 # polygon); RFC 7946, sections 3.1.6 and 3.1.9 (GeoJSON rings, antimeridian and poles).
 
 SAME = 1e-6      # degrees, 0.1 m: catalogues write six digits or more, so nearer numbers are one
@@ -926,7 +926,7 @@ SLACK = 1e-12    # degrees, 0.1 um: above the rounding of x + 360 (6e-14), below
 BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel of S5P (3.5 km)
 ROUNDING = 1e-6  # share: by which half a sphere, or a whole one, may seem too large
 HALF = 0.5 + ROUNDING
-LEG = 16         # edges that are looked at together
+LEG = 24         # edges that are looked at together first; a half orbit has 300
 
 PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring and its holes
     "Polygon": lambda coordinates: [coordinates],
@@ -965,14 +965,14 @@ def box_overlap(geometry, box):
 
 
 def overlap(footprint, west, south, east, north):
-    edges = edges_over(chain(*footprint.walks), west, south, east, north)
-    width = east - west
+    width, edges = east - west, edges_over(chain(*footprint.walks), west, south, east, north)
     if touches(filter(bounds, edges) if footprint.rest else edges, south, north):
-        if width < 3 * SLACK or south == north:
+        if width < 3 * SLACK or south == north:  # it was grown by 2
             return True, 1.0
         covered = footprint.base + shade(edges, south, north) / width / (north - south)
     else:
-        covered = footprint.base + round(run_south(edges, (south + north) / 2) / width)
+        seen = sum(x1 - x0 for (x0, z0), (x1, _) in edges if z0 < (south + north) / 2)
+        covered = footprint.base + round(seen / width)
         if not covered:
             return False, 0.0
     return True, min(1.0, abs(covered))  # rings that cross themselves count below 0 and above 1
@@ -1009,28 +1009,27 @@ def far_apart(parts, west, south, east, north):
     Rings that span less than half a turn together have no step to unwrap and no pole inside, and
     cover less than half the sphere: their inside is what is drawn.
     """
-    rings = list(chain(*parts))
+    rings, south, north = list(chain(*parts)), sin(radians(south)), sin(radians(north))
     return (sum(ring.east - ring.west for ring in rings) < 180 and
             not any(meets(ring.west, ring.east, west, east) and
                     reaches(sin(radians(ring.south)), sin(radians(ring.north)),
-                            radians(ring.east - ring.west), sin(radians(south)), sin(radians(north)))
-                    for ring in rings))
-
-
-def reaches(low, high, angle, south, north):
-    """May great circles that span `angle` between the heights low and high reach south..north?
-
-    Along a great circle tan(latitude) is tan(top) times the cosine of the longitude from its top
-    (Napier). So the highest arch stands with both ends on z and spans the whole angle, and its top
-    is below z / cos(angle / 2), for sin grows less than tan.
-    """
-    arch = cos(min(abs(angle), pi) / 2)
-    return max(high, high / arch) >= south and min(low, low / arch) <= north
+                            ring.east - ring.west, south, north) for ring in rings))
 
 
 def meets(low, high, west, east):
     """Does low..high on the endless axis meet west..east or a copy of it?"""
     return east + 360 * floor((high - west + SLACK) / 360) >= low - SLACK
+
+
+def reaches(low, high, span, south, north):
+    """May edges between the heights low and high that span so much reach to south..north?
+
+    Along a great circle tan(latitude) is a cosine of the longitude (Napier), so the highest arch
+    stands with both ends on `high`. Its top has the tangent of `high` over cos(span / 2), and a
+    sine less than that of `high` over the same, for nearer the pole sines grow less than tangents.
+    """
+    arch = cos(radians(min(span, 180) / 2))
+    return max(high, high / arch) >= south and min(low, low / arch) <= north
 
 
 # Walking: unwrap, then bend.
@@ -1042,23 +1041,22 @@ def walk_of(ring):
     a box needs it.
     """
     lons, lats, zs = ring.lons, ring.lats, list(map(sin, map(radians, ring.lats)))
-    breaks = [i for i, step in enumerate(map(operator.sub, lons[1:], lons), 1) if not -5 < step < 5]
-    shift, walk = 0, []
-    for first, stop in zip([0] + breaks, breaks + [len(lons)]):
-        if first:
-            step, rise = lons[first] - lons[first - 1], lats[first] - lats[first - 1]
-            if abs(step) > 180 and not (abs(abs(step) - 360) < SAME and abs(rise) < SAME):
-                shift -= floor((step + 180) / 360) * 360  # but a band round the globe is drawn
-            place = lons[first] + shift, zs[first]
-            if abs(place[0] - walk[-1][0]) >= 5:
-                walk += great_circle(walk[-1], place, bulge=0.5)
-        walk += [(lon + shift, z) for lon, z in zip(lons[first:stop], zs[first:stop])]
+    turned, walk = 0, [(lons[0], zs[0])]
+    for lon0, lon1, lat0, lat1, z in zip(lons, lons[1:], lats, lats[1:], zs[1:]):
+        step = abs(lon1 - lon0)
+        if step >= 5:
+            drawn = abs(step - 360) < SAME and abs(lat1 - lat0) < SAME  # round the globe, a band
+            if step > 180 and not drawn:
+                turned -= floor((lon1 - lon0 + 180) / 360) * 360
+            if abs(lon1 + turned - walk[-1][0]) >= 5:
+                walk += great_circle(walk[-1], (lon1 + turned, z), bulge=0.5)
+        walk.append((lon1 + turned, z))  # not a sum of steps, to keep the digits that are written
     return walk
 
 
 def great_circle(start, end, south=-1, north=1, bulge=BULGE):
-    """The places inside an edge that keep it to its great circle: its chord, cut up, seen from the
-    centre. None if the great circle passes by all between south and north.
+    """The places on an edge, but its ends, that keep it to its great circle: its chord, cut up, seen
+    from the centre. None if it passes by all that is between south and north.
 
     The middle of a great circle of length L that spans D of longitude is L D sin(lat) / 8 off a
     straight line of longitude and latitude: a sagitta, L / 8 times the angle by which it turns
@@ -1066,14 +1064,12 @@ def great_circle(start, end, south=-1, north=1, bulge=BULGE):
     the other side. In n pieces both are n^2 times less. Meridians are great circles as they are.
     """
     (x0, z0), (x1, z1) = start, end
-    angle = radians(x1 - x0)
-    radii = sqrt((1 - z0 * z0) * (1 - z1 * z1))
-    length2 = 2 - 2 * (z0 * z1 + radii * cos(angle))  # of the chord, squared
+    angle, radius0, radius1 = radians(x1 - x0), sqrt(1 - z0 * z0), sqrt(1 - z1 * z1)
+    length2 = 2 - 2 * (z0 * z1 + radius0 * radius1 * cos(angle))  # of the chord, squared
     if (length2 * (x1 - x0)**2 < (4 * bulge)**2 or z0 == z1  # parallels belong to maps
-            or not reaches(min(z0, z1), max(z0, z1), angle, south, north)):
+            or not reaches(min(z0, z1), max(z0, z1), abs(x1 - x0), south, north)):
         return []
     pieces = ceil(sqrt(sqrt(length2) * abs(x1 - x0) / 4 / bulge))
-    radius0, radius1 = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1)
     ahead, aside, up = radius1 * cos(angle) - radius0, radius1 * sin(angle), z1 - z0
     way = []
     for t in [i / pieces for i in range(1, pieces)]:
@@ -1090,10 +1086,8 @@ def edges_of(line):
 
 def footprint_of(parts):
     """The Footprint of the Rings of polygons."""
-    laid = [inside_left(part) for part in parts]
-    footprint = Footprint(walks=[walks for one in laid for walks in one.walks],
-                          base=sum(one.base for one in laid),
-                          share=sum(one.share for one in laid), rest=False)
+    walks, bases, shares, _ = zip(*map(inside_left, parts))
+    footprint = Footprint(list(chain(*walks)), sum(bases), sum(shares), rest=False)
     if footprint.share < HALF or any(map(is_grid, chain(*footprint.walks))):
         return footprint
     return rest_of(footprint)
@@ -1132,11 +1126,6 @@ def is_grid(walk):
     return all(x0 == x1 or z0 == z1 for (x0, z0), (x1, z1) in edges_of(walk))
 
 
-def homed(hole, home):
-    x, z = hole[0]
-    return overlap(Footprint([home[:1]], 0, 0, rest=False), x - SLACK, z, x + SLACK, z)[0]
-
-
 def area(line):
     """Signed share of the sphere that a line shades."""
     return sum([(x1 - x0) * (2 - z0 - z1) for (x0, z0), (x1, z1) in edges_of(line)]) / 1440
@@ -1147,8 +1136,12 @@ def area(line):
 def edges_over(walks, west, south, east, north):
     """The edges over the longitudes of a box: no others meet, see or shade it.
 
-    They are bent where they may meet it, cut at its sides and moved to it from its copies. A leg
-    that keeps off the box shades it, if at all, as one edge from its start to its end.
+    They are bent where they may meet it, cut at its sides and moved to it from its copies.
+
+    A leg of a walk that keeps off the box is taken for one edge from its start to its end. If it
+    keeps off by longitude, so does that edge. If it keeps north of the box, neither is seen from
+    there. If south, all places see each edge that is over them, and what its edges shade, running
+    east and west, adds up to the shade of the one.
     """
     edges = []
     for walk in walks:
@@ -1156,13 +1149,14 @@ def edges_over(walks, west, south, east, north):
             xs, zs = zip(*leg)
             low, high = min(xs), max(xs)
             if not (meets(low, high, west, east) and
-                    reaches(min(zs), max(zs), radians(high - low), south, north)):
+                    reaches(min(zs), max(zs), high - low, south, north)):
                 leg = leg[0], leg[-1]
             for start, end in edges_of(leg):
                 pieces = cut_out(start, end, west, east)
                 way = great_circle(start, end, south, north) if pieces else []
                 if way:
-                    pieces = chain(*[cut_out(*edge, west, east) for edge in edges_of([start] + way + [end])])
+                    bent = edges_of([start] + way + [end])
+                    pieces = chain(*(cut_out(*edge, west, east) for edge in bent))
                 edges += pieces
     return edges
 
@@ -1173,13 +1167,12 @@ def cut_out(start, end, west, east):
     An edge that runs along one of these sides has nothing between them.
     """
     (x0, z0), (x1, z1) = start, end
-    slope = (z1 - z0) / (x1 - x0) if x0 != x1 else 0.0
     low, high = (x0, x1) if x0 < x1 else (x1, x0)
+    slope = (z1 - z0) / (x1 - x0) if low < high else 0.0
     pieces = []
-    for turns in range(floor((low - east) / 360) + 1, ceil((high - west) / 360)):
-        shift = 360 * turns
-        a, b = clamp(x0, west + shift, east + shift), clamp(x1, west + shift, east + shift)
-        pieces.append(((a - shift, z0 + (a - x0) * slope), (b - shift, z1 + (b - x1) * slope)))
+    for x in range(360 * floor((low - east) / 360) + 360, ceil((high - west) / 360) * 360, 360):
+        a, b = clamp(x0, west + x, east + x), clamp(x1, west + x, east + x)
+        pieces.append(((a - x, z0 + (a - x0) * slope), (b - x, z1 + (b - x1) * slope)))
     return pieces if x0 < x1 else pieces[::-1]
 
 
@@ -1197,10 +1190,6 @@ def touches(edges, south, north):
     """Has an edge over a box a place in it?"""
     return any((z0 >= south or z1 >= south) and (z0 <= north or z1 <= north)
                for (_, z0), (_, z1) in edges)
-
-
-def run_south(edges, z):
-    return sum(x1 - x0 for (x0, z0), (x1, _) in edges if z0 < z)
 
 
 def shade(edges, south, north):
@@ -1234,8 +1223,7 @@ def split_geometry(geometry):
     try:
         parts = read_parts(geometry)
         if is_line(geometry):
-            lines = cut(map(walk_of, chain(*parts)))
-            kind, members = "LineString", list(map(places, lines))
+            kind, members = "LineString", list(map(places, cut(map(walk_of, chain(*parts)))))
         else:
             kind, members = "Polygon", [list(map(places, polygon))
                                         for polygon in polygons_of(footprint_of(parts))]
@@ -1263,11 +1251,15 @@ def polygons_of(footprint):
         polygons += [] if joined or not footprint.rest else [[FRAME]]
         for hole in whole:
             if area(hole) < -NOTHING:
-                homes = (home for home in polygons
-                         if homed(hole, home))
+                homes = (home for home in polygons if holds(home[0], *hole[0]))
                 next(homes, []).append(hole)
         found += polygons
     return found
+
+
+def holds(ring, x, z):
+    footprint = Footprint([[ring]], base=0, share=area(ring), rest=False)
+    return overlap(footprint, x - SLACK, z, x + SLACK, z)[0]
 
 
 def cut(walks):
