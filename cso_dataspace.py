@@ -926,7 +926,7 @@ SLACK = 1e-12    # degrees, 0.1 um: above the rounding of x + 360 (6e-14), below
 BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel of S5P (3.5 km)
 ROUNDING = 1e-6  # share: by which half a sphere, or a whole one, may seem too large
 HALF = 0.5 + ROUNDING
-LEG = 24         # edges that are looked at together first; a half orbit has 300
+LEG = 32         # edges that are looked at together first; a half orbit has 300
 
 PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring and its holes
     "Polygon": lambda coordinates: [coordinates],
