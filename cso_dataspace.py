@@ -914,12 +914,13 @@ def is_directory_product(filename):
 #    line on a map. Edges along a parallel belong to maps and bands, and stay straight. Bending
 #    keeps an edge within its longitudes, so for a box only the edges over it need be bent.
 #
-# The walks are cut at the sides of a box and of its copies. It overlaps if one of these edges meets
-# it. If none does it is wholly in or wholly out, as its centre is. The covered fraction is the
-# shade that falls into it. Cut at the sides of -180..180 they make GeoJSON for other programs.
+# The walks are cut along the sides of a box and its copies. It overlaps if an edge within them
+# meets it. If none does it is wholly in or wholly out, as its centre is. The covered fraction is
+# the shade that falls into it. The same cut, at -180 and 180, makes GeoJSON for other programs.
 #
-# Sources: Gauss's area formula and the winding number (any text on Green's theorem); Weiler and Atherton 1977 (walking along the frame to close a cut
-# polygon); RFC 7946, sections 3.1.6 and 3.1.9 (GeoJSON rings, antimeridian and poles).
+# Sources: Gauss's area formula and the winding number (any text on Green's theorem); Weiler and
+# Atherton 1977 (walking along the frame to close a cut polygon); RFC 7946, sections 3.1.6 and
+# 3.1.9 (GeoJSON rings, antimeridian and poles).
 
 SAME = 1e-6      # degrees, 0.1 m: catalogues write six digits or more, so nearer numbers are one
 SLACK = 1e-12    # degrees, 0.1 um: above the rounding of x + 360 (6e-14), below any digit written
@@ -992,10 +993,9 @@ def read_parts(geometry):
 def read_ring(points):
     lons, lats = list(zip(*points))[:2]  # further values, such as heights, are left out
     ring = Ring(lons, lats, min(lons), min(lats), max(lons), max(lats))
-    if not isfinite(sum(lons) + sum(lats)):  # one NaN or infinity spoils the sum
-        raise ValueError("not a number")
-    if ring.south < -90 or ring.north > 90 or ring[2:4] == ring[4:]:
-        raise ValueError("no latitude, or one place only")
+    numbers = isfinite(sum(lons) + sum(lats))  # one NaN or infinity spoils the sum
+    if not numbers or ring.south < -90 or ring.north > 90 or ring[2:4] == ring[4:]:
+        raise ValueError("not a number, no latitude, or one place only")
     return ring
 
 
@@ -1034,13 +1034,14 @@ def reaches(low, high, span, south, north):
 
 # Walking: unwrap, then bend.
 
-def walk_of(ring):
+def walk_of(ring, closed=False):
     """A ring on the map, bent roughly: which side is the smaller one depends on no more.
 
     An edge that spans 5 degrees bulges by D / 8 = 1 % of its length at most. That can wait until
     a box needs it.
     """
-    lons, lats, zs = ring.lons, ring.lats, list(map(sin, map(radians, ring.lats)))
+    lons, lats = [written + written[:closed] for written in ring[:2]]
+    zs = list(map(sin, map(radians, lats)))
     turned, walk = 0, [(lons[0], zs[0])]
     for lon0, lon1, lat0, lat1, z in zip(lons, lons[1:], lats, lats[1:], zs[1:]):
         step = abs(lon1 - lon0)
@@ -1055,8 +1056,8 @@ def walk_of(ring):
 
 
 def great_circle(start, end, south=-1, north=1, bulge=BULGE):
-    """The places on an edge, but its ends, that keep it to its great circle: its chord, cut up, seen
-    from the centre. None if it passes by all that is between south and north.
+    """The places between the ends of an edge that keep it to its great circle: its chord, cut up,
+    seen from the centre. None if it passes by all that is between south and north.
 
     The middle of a great circle of length L that spans D of longitude is L D sin(lat) / 8 off a
     straight line of longitude and latitude: a sagitta, L / 8 times the angle by which it turns
@@ -1088,9 +1089,8 @@ def footprint_of(parts):
     """The Footprint of the Rings of polygons."""
     walks, bases, shares, _ = zip(*map(inside_left, parts))
     footprint = Footprint(list(chain(*walks)), sum(bases), sum(shares), rest=False)
-    if footprint.share < HALF or any(map(is_grid, chain(*footprint.walks))):
-        return footprint
-    return rest_of(footprint)
+    as_drawn = footprint.share < HALF or any(map(is_grid, chain(*footprint.walks)))
+    return footprint if as_drawn else rest_of(footprint)
 
 
 def inside_left(part):
@@ -1099,10 +1099,10 @@ def inside_left(part):
     These are first as large as they are drawn, for the parts of a footprint may add up to the rest
     of the globe. Only if together they go round a pole is nothing drawn: the smaller side.
     """
-    walks = [walk_of(closed(ring)) for ring in part]
-    areas = [area(walk) for walk in walks]
-    walks = [walk[::-1] if (drawn < 0) != (i > 0) else walk
-             for i, (walk, drawn) in enumerate(zip(walks, areas))]
+    walks = [walk_of(ring, closed=True) for ring in part]
+    areas = list(map(area, walks))
+    walks = [walk if (drawn >= 0) == (walk is walks[0]) else walk[::-1]
+             for walk, drawn in zip(walks, areas)]
     share = abs(areas[0]) - sum(map(abs, areas[1:]))
     base = -int(share - ROUNDING)  # whole spheres too many, of orbits that pass a pole again
     footprint = Footprint([walks], base, share + base, rest=False)
@@ -1113,12 +1113,6 @@ def inside_left(part):
 def rest_of(footprint):
     walks = [[walk[::-1] for walk in part] for part in footprint.walks]
     return Footprint(walks, 1 - footprint.base, 1 - footprint.share, rest=True)
-
-
-def closed(ring):
-    if (ring.lons[0], ring.lats[0]) == (ring.lons[-1], ring.lats[-1]):
-        return ring
-    return ring._replace(lons=ring.lons + ring.lons[:1], lats=ring.lats + ring.lats[:1])
 
 
 def is_grid(walk):
@@ -1147,17 +1141,14 @@ def edges_over(walks, west, south, east, north):
     for walk in walks:
         for leg in [walk[i:i + LEG + 1] for i in range(0, len(walk) - 1, LEG)]:
             xs, zs = zip(*leg)
-            low, high = min(xs), max(xs)
-            if not (meets(low, high, west, east) and
-                    reaches(min(zs), max(zs), high - low, south, north)):
+            if not (meets(min(xs), max(xs), west, east) and
+                    reaches(min(zs), max(zs), max(xs) - min(xs), south, north)):
                 leg = leg[0], leg[-1]
             for start, end in edges_of(leg):
-                pieces = cut_out(start, end, west, east)
-                way = great_circle(start, end, south, north) if pieces else []
-                if way:
-                    bent = edges_of([start] + way + [end])
-                    pieces = chain(*(cut_out(*edge, west, east) for edge in bent))
-                edges += pieces
+                if meets(*sorted((start[0], end[0])), west, east):
+                    way = [start] + great_circle(start, end, south, north) + [end]
+                    for edge in edges_of(way):
+                        edges += cut_out(*edge, west, east)
     return edges
 
 
@@ -1188,8 +1179,7 @@ def bounds(edge):
 
 def touches(edges, south, north):
     """Has an edge over a box a place in it?"""
-    return any((z0 >= south or z1 >= south) and (z0 <= north or z1 <= north)
-               for (_, z0), (_, z1) in edges)
+    return any(min(z0, z1) <= north and max(z0, z1) >= south for (_, z0), (_, z1) in edges)
 
 
 def shade(edges, south, north):
@@ -1223,7 +1213,8 @@ def split_geometry(geometry):
     try:
         parts = read_parts(geometry)
         if is_line(geometry):
-            kind, members = "LineString", list(map(places, cut(map(walk_of, chain(*parts)))))
+            lines = chain.from_iterable(cut(walk_of(ring)) for ring in chain(*parts))
+            kind, members = "LineString", list(map(places, lines))
         else:
             kind, members = "Polygon", [list(map(places, polygon))
                                         for polygon in polygons_of(footprint_of(parts))]
@@ -1244,7 +1235,7 @@ def polygons_of(footprint):
     """Polygons on the map, each an exterior and its holes as lines of (x, z)."""
     found = []
     for walks in [list(chain(*footprint.walks))] if footprint.rest else footprint.walks:
-        pieces = cut(walks)
+        pieces = list(chain(*map(cut, walks)))
         whole = [piece for piece in pieces if piece[0] == piece[-1]]
         joined = joined_round_frame([piece for piece in pieces if piece[0] != piece[-1]])
         polygons = [[ring] for ring in whole + joined if area(ring) > NOTHING]
@@ -1258,27 +1249,23 @@ def polygons_of(footprint):
 
 
 def holds(ring, x, z):
-    footprint = Footprint([[ring]], base=0, share=area(ring), rest=False)
-    return overlap(footprint, x - SLACK, z, x + SLACK, z)[0]
+    return overlap(Footprint([[ring]], 0, 0.0, rest=False), x - SLACK, z, x + SLACK, z)[0]
 
 
-def cut(walks):
-    """The lines of walks, bent, cut at the meridian 180 and moved to -180..180.
+def cut(walk):
+    """The lines of a walk, bent, cut at the meridian 180 and moved to -180..180.
 
     What runs along 180 is left out: the frame puts that back.
     """
     lines = []
-    for walk in walks:
-        pieces = []
-        for start, end in edges_over([walk], -180, -1, 180, 1):
-            if not pieces or pieces[-1][-1] != start:
-                pieces.append([start])
-            pieces[-1].append(end)
-        if len(pieces) > 1:
-            (x0, z0), (x1, z1) = pieces[-1][-1], pieces[0][0]
-            if abs(x0 - x1) < SLACK and z0 == z1:  # cut only where the ring happens to begin
-                pieces[0] = pieces.pop() + pieces[0][1:]
-        lines += pieces
+    for start, end in edges_over([walk], -180, -1, 180, 1):
+        if not lines or lines[-1][-1] != start:
+            lines.append([start])
+        lines[-1].append(end)
+    if len(lines) > 1:
+        (x0, z0), (x1, z1) = lines[-1][-1], lines[0][0]
+        if abs(x0 - x1) < SLACK and z0 == z1:  # cut only where the ring happens to begin
+            lines[0] = lines.pop() + lines[0][1:]
     return lines
 
 
@@ -1320,13 +1307,11 @@ def geometry_from_wkt(text):
 
     The wrapper may be missing. Places keep two values. None for any other text, or no text.
     """
-    match = WKT.fullmatch(text) if isinstance(text, str) else None
-    if not match or match.group(1).upper() not in WKT_TYPES:
-        return None
-    nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", match.group(2))
     try:
+        kind, nested = WKT.fullmatch(text).groups()
+        nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", nested)
         coordinates = json.loads(nested.replace("(", "[").replace(")", "]"))
-        geometry = {"type": WKT_TYPES[match.group(1).upper()], "coordinates": coordinates}
+        geometry = {"type": WKT_TYPES[kind.upper()], "coordinates": coordinates}
         read_parts(geometry)
     except UNREADABLE:
         return None
