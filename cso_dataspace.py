@@ -953,11 +953,12 @@ def box_overlap(geometry, box):
     """
     west, south, east, north = box
     east += 360 if east < west else 0
+    west, east = west - SLACK, east + SLACK
     try:
         parts = read_parts(geometry)
         if far_apart(parts, west, south, east, north):
             return False, 0.0
-        box = west - SLACK, sin(radians(south)), east + SLACK, sin(radians(north))
+        box = west, sin(radians(south)), east, sin(radians(north))
         if is_line(geometry):
             return touches(edges_over(map(walk_of, chain(*parts)), *box), *box[1::2]), 0.0
         return overlap(footprint_of(parts), *box)
@@ -1018,7 +1019,7 @@ def far_apart(parts, west, south, east, north):
 
 def meets(low, high, west, east):
     """Does low..high on the endless axis meet west..east or a copy of it?"""
-    return east + 360 * floor((high - west + SLACK) / 360) >= low - SLACK
+    return east + (high - west) // 360 * 360 >= low
 
 
 def reaches(low, high, span, south, north):
@@ -1145,7 +1146,8 @@ def edges_over(walks, west, south, east, north):
                     reaches(min(zs), max(zs), max(xs) - min(xs), south, north)):
                 leg = leg[0], leg[-1]
             for start, end in edges_of(leg):
-                if meets(*sorted((start[0], end[0])), west, east):
+                low, high = (start[0], end[0]) if start[0] < end[0] else (end[0], start[0])
+                if meets(low, high, west, east):
                     way = [start] + great_circle(start, end, south, north) + [end]
                     for edge in edges_of(way):
                         edges += cut_out(*edge, west, east)
