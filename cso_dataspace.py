@@ -1035,14 +1035,13 @@ def reaches(low, high, span, south, north):
 
 # Walking: unwrap, then bend.
 
-def walk_of(ring, closed=False):
+def walk_of(ring):
     """A ring on the map, bent roughly: which side is the smaller one depends on no more.
 
     An edge that spans 5 degrees bulges by D / 8 = 1 % of its length at most. That can wait until
     a box needs it.
     """
-    lons, lats = [written + written[:closed] for written in ring[:2]]
-    zs = list(map(sin, map(radians, lats)))
+    lons, lats, zs = ring.lons, ring.lats, list(map(sin, map(radians, ring.lats)))
     turned, walk = 0, [(lons[0], zs[0])]
     for lon0, lon1, lat0, lat1, z in zip(lons, lons[1:], lats, lats[1:], zs[1:]):
         step = abs(lon1 - lon0)
@@ -1100,7 +1099,7 @@ def inside_left(part):
     These are first as large as they are drawn, for the parts of a footprint may add up to the rest
     of the globe. Only if together they go round a pole is nothing drawn: the smaller side.
     """
-    walks = [walk_of(ring, closed=True) for ring in part]
+    walks = [walk_of(closed(ring)) for ring in part]
     areas = list(map(area, walks))
     walks = [walk if (drawn >= 0) == (walk is walks[0]) else walk[::-1]
              for walk, drawn in zip(walks, areas)]
@@ -1114,6 +1113,12 @@ def inside_left(part):
 def rest_of(footprint):
     walks = [[walk[::-1] for walk in part] for part in footprint.walks]
     return Footprint(walks, 1 - footprint.base, 1 - footprint.share, rest=True)
+
+
+def closed(ring):
+    if (ring.lons[0], ring.lats[0]) == (ring.lons[-1], ring.lats[-1]):
+        return ring
+    return ring._replace(lons=ring.lons + ring.lons[:1], lats=ring.lats + ring.lats[:1])
 
 
 def is_grid(walk):
@@ -1142,14 +1147,15 @@ def edges_over(walks, west, south, east, north):
     for walk in walks:
         for leg in [walk[i:i + LEG + 1] for i in range(0, len(walk) - 1, LEG)]:
             xs, zs = zip(*leg)
-            if not (meets(min(xs), max(xs), west, east) and
+            if len(walk) > LEG and not (
+                    meets(min(xs), max(xs), west, east) and
                     reaches(min(zs), max(zs), max(xs) - min(xs), south, north)):
                 leg = leg[0], leg[-1]
             for start, end in edges_of(leg):
                 low, high = (start[0], end[0]) if start[0] < end[0] else (end[0], start[0])
                 if meets(low, high, west, east):
-                    way = [start] + great_circle(start, end, south, north) + [end]
-                    for edge in edges_of(way):
+                    way = great_circle(start, end, south, north)
+                    for edge in edges_of([start] + way + [end]) if way else [(start, end)]:
                         edges += cut_out(*edge, west, east)
     return edges
 
@@ -1161,8 +1167,10 @@ def cut_out(start, end, west, east):
     """
     (x0, z0), (x1, z1) = start, end
     low, high = (x0, x1) if x0 < x1 else (x1, x0)
-    slope = (z1 - z0) / (x1 - x0) if low < high else 0.0
-    pieces = []
+    x = 360 * floor((low - west) / 360)
+    if west < low - x and high - x < east:  # as most are
+        return [((x0 - x, z0), (x1 - x, z1))]
+    slope, pieces = (z1 - z0) / (x1 - x0) if low < high else 0.0, []
     for x in range(360 * floor((low - east) / 360) + 360, ceil((high - west) / 360) * 360, 360):
         a, b = clamp(x0, west + x, east + x), clamp(x1, west + x, east + x)
         pieces.append(((a - x, z0 + (a - x0) * slope), (b - x, z1 + (b - x1) * slope)))
