@@ -888,7 +888,7 @@ def is_directory_product(filename):
 #   ring    the places of a polygon's outline as written, last = first; a line is an open ring
 #   x, z    a place on the map: x is the longitude on an endless axis, z the sine of the latitude
 #   walk    a ring laid on the map: its places, each the short way from the last
-#   edge    two places, a step of a walk
+#   edge    two places, a step of a walk; a leg is a number of steps
 #   turn    360 degrees of x; a walk that ends a turn from its start has gone round a pole
 #   copy    the same thing whole turns further along the axis
 #   seam    the meridian 180 and the poles, where catalogues cut what the sphere does not
@@ -927,7 +927,7 @@ SLACK = 1e-12    # degrees, 0.1 um: above the rounding of x + 360 (6e-14), below
 BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel of S5P (3.5 km)
 ROUNDING = 1e-6  # share: by which half a sphere, or a whole one, may seem too large
 HALF = 0.5 + ROUNDING
-LEG = 32         # edges that are looked at together first; a half orbit has 300
+LEG = 32         # edges that are looked at together first, for a half orbit has 300
 
 PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring and its holes
     "Polygon": lambda coordinates: [coordinates],
@@ -952,8 +952,7 @@ def box_overlap(geometry, box):
     What is missing or cannot be understood is unknown and counts as overlapping: (True, None).
     """
     west, south, east, north = box
-    east += 360 if east < west else 0
-    west, east = west - SLACK, east + SLACK
+    west, east = west - SLACK, east + (360 if east < west else 0) + SLACK
     try:
         parts = read_parts(geometry)
         if far_apart(parts, west, south, east, north):
@@ -969,9 +968,8 @@ def box_overlap(geometry, box):
 def overlap(footprint, west, south, east, north):
     width, edges = east - west, edges_over(chain(*footprint.walks), west, south, east, north)
     if touches(filter(bounds, edges) if footprint.rest else edges, south, north):
-        if width < 3 * SLACK or south == north:  # it was grown by 2
-            return True, 1.0
-        covered = footprint.base + shade(edges, south, north) / width / (north - south)
+        size = width * (north - south) if width > 3 * SLACK else 0  # it was grown by 2
+        covered = footprint.base + shade(edges, south, north) / size if size else 1.0
     else:
         seen = sum(x1 - x0 for (x0, z0), (x1, _) in edges if z0 < (south + north) / 2)
         covered = footprint.base + round(seen / width)
@@ -1026,8 +1024,8 @@ def reaches(low, high, span, south, north):
     """May edges between the heights low and high that span so much reach to south..north?
 
     Along a great circle tan(latitude) is a cosine of the longitude (Napier), so the highest arch
-    stands with both ends on `high`. Its top has the tangent of `high` over cos(span / 2), and a
-    sine less than that of `high` over the same, for nearer the pole sines grow less than tangents.
+    stands with both ends on `high`, and tan(top) is that of its ends over cos(span / 2). Sines
+    grow less than tangents, so `high` over the same is never too low. Only false is certain.
     """
     arch = cos(radians(min(span, 180) / 2))
     return max(high, high / arch) >= south and min(low, low / arch) <= north
@@ -1138,10 +1136,10 @@ def edges_over(walks, west, south, east, north):
 
     They are bent where they may meet it, cut at its sides and moved to it from its copies.
 
-    A leg of a walk that keeps off the box is taken for one edge from its start to its end. If it
-    keeps off by longitude, so does that edge. If it keeps north of the box, neither is seen from
-    there. If south, all places see each edge that is over them, and what its edges shade, running
-    east and west, adds up to the shade of the one.
+    Of a long walk a leg that keeps off the box is taken for one edge from its start to its end:
+    Beside the box no edge of either is over it. North of it none is in sight. South of it every
+    edge shades all of the box that it is over, so that steps east and west cancel out and the
+    leg shades what lies between its ends.
     """
     edges = []
     for walk in walks:
@@ -1152,8 +1150,7 @@ def edges_over(walks, west, south, east, north):
                     reaches(min(zs), max(zs), max(xs) - min(xs), south, north)):
                 leg = leg[0], leg[-1]
             for start, end in edges_of(leg):
-                low, high = (start[0], end[0]) if start[0] < end[0] else (end[0], start[0])
-                if meets(low, high, west, east):
+                if meets(min(start, end)[0], max(start, end)[0], west, east):
                     way = great_circle(start, end, south, north)
                     for edge in edges_of([start] + way + [end]) if way else [(start, end)]:
                         edges += cut_out(*edge, west, east)
@@ -1288,15 +1285,13 @@ def joined_round_frame(pieces):
     rings = []
     while pieces:
         ring = pieces.pop()
-        while True:
+        while ring[0] != ring[-1]:
             end = way_round(ring[-1])
             ahead = [(way_round(piece[0]) - end) % 6 for piece in pieces + [ring]]
-            corners = [corner for way, corner in CORNERS if end < way < end + min(ahead)]
             following = ahead.index(min(ahead))
-            if following == len(pieces):
-                break
-            ring = ring + corners + pieces.pop(following)
-        rings.append(ring + corners + ring[:1])
+            ring = ring + [corner for way, corner in CORNERS if end < way < end + min(ahead)]
+            ring += pieces.pop(following) if following < len(pieces) else ring[:1]
+        rings.append(ring)
     return rings
 
 
