@@ -67,7 +67,7 @@ import urllib.request
 import weakref
 import zipfile
 from itertools import chain, groupby
-from math import asin, atan2, ceil, cos, degrees, floor, isfinite, pi, radians, sin, sqrt
+from math import asin, atan2, ceil, cos, degrees, floor, isfinite, radians, sin, sqrt
 from typing import NamedTuple
 
 __version__ = "1.0"
