@@ -67,7 +67,7 @@ import urllib.request
 import weakref
 import zipfile
 from itertools import chain, groupby
-from math import asin, atan, atan2, ceil, cos, degrees, floor, isfinite, radians, sin, sqrt, tan
+from math import asin, atan2, ceil, cos, degrees, floor, isfinite, radians, sin, sqrt
 from typing import NamedTuple
 
 __version__ = "1.0"
@@ -887,8 +887,8 @@ def is_directory_product(filename):
 #   place   longitude and latitude in degrees
 #   ring    the places of a polygon's outline as written, last = first; a line is an open ring
 #   x, z    a place on the map: x is the longitude on an endless axis, z the sine of the latitude
-#   edge    x0, z0, x1, z1: a step from one place to the next
-#   walk    a ring laid on the map: its edges, each the short way round
+#   walk    a ring laid on the map: its places, each the short way from the last
+#   edge    two places, a step of a walk; a leg is a number of steps
 #   turn    360 degrees of x; a walk that ends a turn from its start has gone round a pole
 #   copy    the same thing whole turns further along the axis
 #   seam    the meridian 180 and the poles, where catalogues cut what the sphere does not
@@ -914,18 +914,20 @@ def is_directory_product(filename):
 #    line on a map. Edges along a parallel belong to maps and bands, and stay straight. Bending
 #    keeps an edge within its longitudes, so for a box only the edges over it need be bent.
 #
-# A box overlaps if an edge meets it or a copy of it. If none does it is wholly in or wholly out,
-# as its centre is. The covered fraction is the shade that falls into it.
+# The walks are cut along the sides of a box and its copies. It overlaps if an edge within them
+# meets it. If none does it is wholly in or wholly out, as its centre is. The covered fraction is
+# the shade that falls into it. The same cut, at -180 and 180, makes GeoJSON for other programs.
 #
-# Sources: Gauss's area formula and the winding number (any text on Green's theorem); Cyrus and
-# Beck 1978 (edge against box); Weiler and Atherton 1977 (walking along the frame to close a cut
-# polygon); RFC 7946, sections 3.1.6 and 3.1.9 (GeoJSON rings, antimeridian and poles).
+# Sources: Gauss's area formula and the winding number (any text on Green's theorem); Weiler and
+# Atherton 1977 (walking along the frame to close a cut polygon); RFC 7946, sections 3.1.6 and
+# 3.1.9 (GeoJSON rings, antimeridian and poles).
 
 SAME = 1e-6      # degrees, 0.1 m: catalogues write six digits or more, so nearer numbers are one
-SLACK = 1e-9     # degrees, 0.1 mm: above the rounding of x + 360 (6e-14), below any digit written
+SLACK = 1e-12    # degrees, 0.1 um: above the rounding of x + 360 (6e-14), below any digit written
 BULGE = 0.01     # degrees, 1.1 km: a third of the width of the smallest pixel of S5P (3.5 km)
 ROUNDING = 1e-6  # share: by which half a sphere, or a whole one, may seem too large
 HALF = 0.5 + ROUNDING
+LEG = 32         # edges that are looked at together first, for a half orbit has 300
 
 PARTS = {  # coordinates as a list of parts, each a list of lines, or of a ring and its holes
     "Polygon": lambda coordinates: [coordinates],
@@ -950,26 +952,27 @@ def box_overlap(geometry, box):
     What is missing or cannot be understood is unknown and counts as overlapping: (True, None).
     """
     west, south, east, north = box
-    east += 360 if east < west else 0
+    west, east = west - SLACK, east + (360 if east < west else 0) + SLACK
     try:
         parts = read_parts(geometry)
         if far_apart(parts, west, south, east, north):
             return False, 0.0
         box = west, sin(radians(south)), east, sin(radians(north))
         if is_line(geometry):
-            return touches(edges_over(map(walk_of, chain(*parts)), west, east), box), 0.0
+            return touches(edges_over(map(walk_of, chain(*parts)), *box), *box[1::2]), 0.0
         return overlap(footprint_of(parts), *box)
     except UNREADABLE:
         return True, None
 
 
 def overlap(footprint, west, south, east, north):
-    edges, box = edges_over(chain(*footprint.walks), west, east), (west, south, east, north)
-    if touches(outline(edges) if footprint.rest else edges, box):
-        size = (east - west) * (north - south)
-        covered = footprint.base + shade(edges, box) / size if size else 1.0
+    width, edges = east - west, edges_over(chain(*footprint.walks), west, south, east, north)
+    if touches(filter(bounds, edges) if footprint.rest else edges, south, north):
+        size = width * (north - south) if width > 3 * SLACK else 0  # it was grown by 2
+        covered = footprint.base + shade(edges, south, north) / size if size else 1.0
     else:
-        covered = footprint.base + count_south(edges, (west + east) / 2, (south + north) / 2)
+        seen = sum(x1 - x0 for (x0, z0), (x1, _) in edges if z0 < (south + north) / 2)
+        covered = footprint.base + round(seen / width)
         if not covered:
             return False, 0.0
     return True, min(1.0, abs(covered))  # rings that cross themselves count below 0 and above 1
@@ -989,10 +992,9 @@ def read_parts(geometry):
 def read_ring(points):
     lons, lats = list(zip(*points))[:2]  # further values, such as heights, are left out
     ring = Ring(lons, lats, min(lons), min(lats), max(lons), max(lats))
-    if not isfinite(sum(lons) + sum(lats)):  # one NaN or infinity spoils the sum
-        raise ValueError("not a number")
-    if ring.south < -90 or ring.north > 90 or ring[2:4] == ring[4:]:
-        raise ValueError("no latitude, or one place only")
+    numbers = isfinite(sum(lons) + sum(lats))  # one NaN or infinity spoils the sum
+    if not numbers or ring.south < -90 or ring.north > 90 or ring[2:4] == ring[4:]:
+        raise ValueError("not a number, no latitude, or one place only")
     return ring
 
 
@@ -1006,25 +1008,27 @@ def far_apart(parts, west, south, east, north):
     Rings that span less than half a turn together have no step to unwrap and no pole inside, and
     cover less than half the sphere: their inside is what is drawn.
     """
-    rings = list(chain(*parts))
+    rings, south, north = list(chain(*parts)), sin(radians(south)), sin(radians(north))
     return (sum(ring.east - ring.west for ring in rings) < 180 and
-            not any(meets(ring.west, ring.east, west, east)
-                    and max(ring.north, arch(ring, ring.north)) >= south
-                    and min(ring.south, arch(ring, ring.south)) <= north for ring in rings))
-
-
-def arch(ring, lat):
-    """The latitude that bent edges of a ring may reach, poleward of lat.
-
-    Along a great circle tan(latitude) is a cosine of the longitude (Napier), so the highest arch
-    stands with both ends on lat and spans the whole ring.
-    """
-    return degrees(atan(tan(radians(lat)) / cos(radians(ring.east - ring.west) / 2)))
+            not any(meets(ring.west, ring.east, west, east) and
+                    reaches(sin(radians(ring.south)), sin(radians(ring.north)),
+                            ring.east - ring.west, south, north) for ring in rings))
 
 
 def meets(low, high, west, east):
     """Does low..high on the endless axis meet west..east or a copy of it?"""
-    return east + 360 * floor((high - west + SLACK) / 360) >= low - SLACK
+    return east + (high - west) // 360 * 360 >= low
+
+
+def reaches(low, high, span, south, north):
+    """May edges between the heights low and high that span so much reach to south..north?
+
+    Along a great circle tan(latitude) is a cosine of the longitude (Napier), so the highest arch
+    stands with both ends on `high`, and tan(top) is that of its ends over cos(span / 2). Sines
+    grow less than tangents, so `high` over the same is never too low. Only false is certain.
+    """
+    arch = cos(radians(min(span, 180) / 2))
+    return max(high, high / arch) >= south and min(low, low / arch) <= north
 
 
 # Walking: unwrap, then bend.
@@ -1035,63 +1039,56 @@ def walk_of(ring):
     An edge that spans 5 degrees bulges by D / 8 = 1 % of its length at most. That can wait until
     a box needs it.
     """
-    xs, zs = unwrapped(ring), list(map(sin, map(radians, ring.lats)))
-    return [piece for edge in zip(xs, zs, xs[1:], zs[1:])
-            for piece in ([edge] if abs(edge[2] - edge[0]) < 5 else great_circle(*edge, bulge=0.5))]
+    lons, lats, zs = ring.lons, ring.lats, list(map(sin, map(radians, ring.lats)))
+    turned, walk = 0, [(lons[0], zs[0])]
+    for lon0, lon1, lat0, lat1, z in zip(lons, lons[1:], lats, lats[1:], zs[1:]):
+        step = abs(lon1 - lon0)
+        if step >= 5:
+            drawn = abs(step - 360) < SAME and abs(lat1 - lat0) < SAME  # round the globe, a band
+            if step > 180 and not drawn:
+                turned -= floor((lon1 - lon0 + 180) / 360) * 360
+            if abs(lon1 + turned - walk[-1][0]) >= 5:
+                walk += great_circle(walk[-1], (lon1 + turned, z), bulge=0.5)
+        walk.append((lon1 + turned, z))  # not a sum of steps, to keep the digits that are written
+    return walk
 
 
-def unwrapped(ring):
-    """The longitudes of a ring on an endless axis."""
-    if ring.east - ring.west < 180:
-        return ring.lons
-    turns, xs = 0, [ring.lons[0]]
-    for lon0, lon1, lat0, lat1 in zip(ring.lons, ring.lons[1:], ring.lats, ring.lats[1:]):
-        step = lon1 - lon0
-        drawn = abs(abs(step) - 360) < SAME and abs(lat1 - lat0) < SAME  # round the globe, a band
-        if abs(step) > 180 and not drawn:
-            turns -= floor((step + 180) / 360)
-        xs.append(lon1 + 360 * turns)  # not a sum of steps, to keep the digits that are written
-    return xs
-
-
-def great_circle(x0, z0, x1, z1, bulge=BULGE):
-    """An edge as edges that keep to its great circle: its chord, cut up, seen from the centre.
+def great_circle(start, end, south=-1, north=1, bulge=BULGE):
+    """The places between the ends of an edge that keep it to its great circle: its chord, cut up,
+    seen from the centre. None if it passes by all that is between south and north.
 
     The middle of a great circle of length L that spans D of longitude is L D sin(lat) / 8 off a
     straight line of longitude and latitude: a sagitta, L / 8 times the angle by which it turns
     from the parallels, D sin(lat). A straight line of x and z is off by up to as much again, to
     the other side. In n pieces both are n^2 times less. Meridians are great circles as they are.
     """
-    angle = radians(x1 - x0)
-    radii = sqrt((1 - z0 * z0) * (1 - z1 * z1))
-    length2 = 2 - 2 * (z0 * z1 + radii * cos(angle))  # of the chord, squared
-    if length2 * (x1 - x0)**2 < (4 * bulge)**2 or z0 == z1:  # parallels belong to maps
-        return [(x0, z0, x1, z1)]
+    (x0, z0), (x1, z1) = start, end
+    angle, radius0, radius1 = radians(x1 - x0), sqrt(1 - z0 * z0), sqrt(1 - z1 * z1)
+    length2 = 2 - 2 * (z0 * z1 + radius0 * radius1 * cos(angle))  # of the chord, squared
+    if (length2 * (x1 - x0)**2 < (4 * bulge)**2 or z0 == z1  # parallels belong to maps
+            or not reaches(min(z0, z1), max(z0, z1), abs(x1 - x0), south, north)):
+        return []
     pieces = ceil(sqrt(sqrt(length2) * abs(x1 - x0) / 4 / bulge))
-    radius0, radius1 = sqrt(1 - z0 * z0), sqrt(1 - z1 * z1)
     ahead, aside, up = radius1 * cos(angle) - radius0, radius1 * sin(angle), z1 - z0
-    way = [(x0, z0)]
+    way = []
     for t in [i / pieces for i in range(1, pieces)]:
         a, b, c = radius0 + t * ahead, t * aside, z0 + t * up
         way.append((x0 + degrees(atan2(b, a)), c / sqrt(a * a + b * b + c * c)))
-    return edges_of(way + [(x1, z1)])
+    return way
 
 
 def edges_of(line):
-    return [start + end for start, end in zip(line, line[1:])]
+    return zip(line, line[1:])
 
 
 # Inside: every walk gets it on its left.
 
 def footprint_of(parts):
     """The Footprint of the Rings of polygons."""
-    laid = [inside_left(part) for part in parts]
-    footprint = Footprint(walks=[walks for one in laid for walks in one.walks],
-                          base=sum(one.base for one in laid),
-                          share=sum(one.share for one in laid), rest=False)
-    if footprint.share < HALF or any(map(is_grid, chain(*footprint.walks))):
-        return footprint
-    return rest_of(footprint)
+    walks, bases, shares, _ = zip(*map(inside_left, parts))
+    footprint = Footprint(list(chain(*walks)), sum(bases), sum(shares), rest=False)
+    as_drawn = footprint.share < HALF or any(map(is_grid, chain(*footprint.walks)))
+    return footprint if as_drawn else rest_of(footprint)
 
 
 def inside_left(part):
@@ -1101,23 +1098,19 @@ def inside_left(part):
     of the globe. Only if together they go round a pole is nothing drawn: the smaller side.
     """
     walks = [walk_of(closed(ring)) for ring in part]
-    areas = [area(walk) for walk in walks]
-    walks = [backwards(walk) if (drawn < 0) != (i > 0) else walk
-             for i, (walk, drawn) in enumerate(zip(walks, areas))]
+    areas = list(map(area, walks))
+    walks = [walk if (drawn >= 0) == (walk is walks[0]) else walk[::-1]
+             for walk, drawn in zip(walks, areas)]
     share = abs(areas[0]) - sum(map(abs, areas[1:]))
     base = -int(share - ROUNDING)  # whole spheres too many, of orbits that pass a pole again
     footprint = Footprint([walks], base, share + base, rest=False)
-    turn = sum(walk[-1][2] - walk[0][0] for walk in walks)
+    turn = sum(walk[-1][0] - walk[0][0] for walk in walks)
     return rest_of(footprint) if footprint.share > HALF and abs(turn) > 180 else footprint
 
 
 def rest_of(footprint):
-    walks = [list(map(backwards, part)) for part in footprint.walks]
+    walks = [[walk[::-1] for walk in part] for part in footprint.walks]
     return Footprint(walks, 1 - footprint.base, 1 - footprint.share, rest=True)
-
-
-def backwards(walk):
-    return [(x1, z1, x0, z0) for x0, z0, x1, z1 in reversed(walk)]
 
 
 def closed(ring):
@@ -1128,88 +1121,78 @@ def closed(ring):
 
 def is_grid(walk):
     """Does a walk follow meridians and parallels only, as maps and bands do?"""
-    return all(x0 == x1 or z0 == z1 for x0, z0, x1, z1 in walk)
+    return all(x0 == x1 or z0 == z1 for (x0, z0), (x1, z1) in edges_of(walk))
 
 
-def area(edges):
-    """Signed share of the sphere that edges shade."""
-    return sum([(x1 - x0) * (2 - z0 - z1) for x0, z0, x1, z1 in edges]) / 1440
+def area(line):
+    """Signed share of the sphere that a line shades."""
+    return sum([(x1 - x0) * (2 - z0 - z1) for (x0, z0), (x1, z1) in edges_of(line)]) / 1440
 
 
-# Edges and a box (west, south, east, north in x and z): meet it, see them from it, shade it.
+# Edges and a box: meet it, see them from it, shade it.
 
-def edges_over(walks, west, east):
-    """The edges over the longitudes of a box, bent: no others meet, see or shade it."""
-    west, east = west - SLACK, east + SLACK
+def edges_over(walks, west, south, east, north):
+    """The edges over the longitudes of a box: no others meet, see or shade it.
+
+    They are bent where they may meet it, cut at its sides and moved to it from its copies.
+
+    Of a long walk a leg that keeps off the box is taken for one edge from its start to its end:
+    Beside the box no edge of either is over it. North of it none is in sight. South of it every
+    edge shades all of the box that it is over, so that steps east and west cancel out and the
+    leg shades what lies between its ends.
+    """
     edges = []
     for walk in walks:
-        for edge in walk:
-            low, high = (edge[0], edge[2]) if edge[0] < edge[2] else (edge[2], edge[0])
-            if east + (high - west) // 360 * 360 >= low:
-                edges += great_circle(*edge)
+        for leg in [walk[i:i + LEG + 1] for i in range(0, len(walk) - 1, LEG)]:
+            xs, zs = zip(*leg)
+            if len(walk) > LEG and not (
+                    meets(min(xs), max(xs), west, east) and
+                    reaches(min(zs), max(zs), max(xs) - min(xs), south, north)):
+                leg = leg[0], leg[-1]
+            for start, end in edges_of(leg):
+                if meets(min(start, end)[0], max(start, end)[0], west, east):
+                    way = great_circle(start, end, south, north)
+                    for edge in edges_of([start] + way + [end]) if way else [(start, end)]:
+                        edges += cut_out(*edge, west, east)
     return edges
 
 
-def outline(edges):
-    """The edges that bound the rest of what was drawn: those along a seam do not."""
-    return [(x0, z0, x1, z1) for x0, z0, x1, z1 in edges
-            if abs(z0 + z1) < 2 and not along_180(x0, x1)]
+def cut_out(start, end, west, east):
+    """What an edge has between west and east or their copies, moved there, in its order.
 
-
-def along_180(x0, x1):
-    return x0 == x1 and x0 % 360 == 180
-
-
-def touches(edges, box):
-    """Has an edge a place in the box or a copy of it?"""
-    west, south, east, north = box
-    return any((z0 >= south or z1 >= south) and (z0 <= north or z1 <= north)
-               and meets(*x_between(x0, z0, x1, z1, south, north), west, east)
-               for x0, z0, x1, z1 in edges)
-
-
-def x_between(x0, z0, x1, z1, south, north):
-    """The range of x of an edge where z is between south and north."""
-    if z0 != z1:
-        slope = (x1 - x0) / (z1 - z0)
-        x0, x1 = (x0 + (clamp(z, south, north) - z0) * slope for z in (z0, z1))
-    return (x0, x1) if x0 < x1 else (x1, x0)
+    An edge that runs along one of these sides has nothing between them.
+    """
+    (x0, z0), (x1, z1) = start, end
+    low, high = (x0, x1) if x0 < x1 else (x1, x0)
+    x = 360 * floor((low - west) / 360)
+    if west < low - x and high - x < east:  # as most are
+        return [((x0 - x, z0), (x1 - x, z1))]
+    slope, pieces = (z1 - z0) / (x1 - x0) if low < high else 0.0, []
+    for x in range(360 * floor((low - east) / 360) + 360, ceil((high - west) / 360) * 360, 360):
+        a, b = clamp(x0, west + x, east + x), clamp(x1, west + x, east + x)
+        pieces.append(((a - x, z0 + (a - x0) * slope), (b - x, z1 + (b - x1) * slope)))
+    return pieces if x0 < x1 else pieces[::-1]
 
 
 def clamp(number, low, high):
     return low if number < low else high if number > high else number
 
 
-def count_south(edges, x, z):
-    """Count the edges in sight south of a place: those that run east less those that run west."""
-    x -= SLACK  # beside the digits that are written, so that no edge ends on the line of sight
-    total = 0
-    for x0, z0, x1, z1 in edges:
-        turns = (x1 - x) // 360 - (x0 - x) // 360
-        if turns:
-            seen = x + (max(x0, x1) - x) // 360 * 360
-            if z0 + (seen - x0) * (z1 - z0) / (x1 - x0) < z:
-                total += int(turns)
-    return total
+def bounds(edge):
+    """Does an edge bound the rest of what was drawn? Those along a seam do not."""
+    (x0, z0), (x1, z1) = edge
+    return abs(z0 + z1) < 2 and not (x0 == x1 and x0 % 360 == 180)
 
 
-def shade(edges, box):
-    """Signed area of the box that edges shade, over all its copies."""
-    west, south, east, north = box
-    total = 0.0
-    for x0, z0, x1, z1 in edges:
-        if x0 != x1 and (z0 < north or z1 < north):
-            slope = (z1 - z0) / (x1 - x0)
-            for turns in turns_between(min(x0, x1) - east, max(x0, x1) - west):
-                start, end = (clamp(x, west + 360 * turns, east + 360 * turns) for x in (x0, x1))
-                total += (end - start) * (north - mean_clamped(
-                    z0 + (start - x0) * slope, z0 + (end - x0) * slope, south, north))
-    return total
+def touches(edges, south, north):
+    """Has an edge over a box a place in it?"""
+    return any(min(z0, z1) <= north and max(z0, z1) >= south for (_, z0), (_, z1) in edges)
 
 
-def turns_between(low, high):
-    """The whole numbers of turns above low and below high."""
-    return range(floor(low / 360) + 1, ceil(high / 360))
+def shade(edges, south, north):
+    """Signed area of a box that the edges over it shade."""
+    return sum((x1 - x0) * (north - mean_clamped(z0, z1, south, north))
+               for (x0, z0), (x1, z1) in edges)
 
 
 def mean_clamped(a, b, low, high):
@@ -1237,7 +1220,7 @@ def split_geometry(geometry):
     try:
         parts = read_parts(geometry)
         if is_line(geometry):
-            lines = cut(map(walk_of, chain(*parts)))
+            lines = chain.from_iterable(cut(walk_of(ring)) for ring in chain(*parts))
             kind, members = "LineString", list(map(places, lines))
         else:
             kind, members = "Polygon", [list(map(places, polygon))
@@ -1259,48 +1242,38 @@ def polygons_of(footprint):
     """Polygons on the map, each an exterior and its holes as lines of (x, z)."""
     found = []
     for walks in [list(chain(*footprint.walks))] if footprint.rest else footprint.walks:
-        pieces = cut(walks)
+        pieces = list(chain(*map(cut, walks)))
         whole = [piece for piece in pieces if piece[0] == piece[-1]]
         joined = joined_round_frame([piece for piece in pieces if piece[0] != piece[-1]])
-        polygons = [[ring] for ring in whole + joined if area(edges_of(ring)) > NOTHING]
+        polygons = [[ring] for ring in whole + joined if area(ring) > NOTHING]
         polygons += [] if joined or not footprint.rest else [[FRAME]]
         for hole in whole:
-            if area(edges_of(hole)) < -NOTHING:
-                homes = (home for home in polygons if count_south(edges_of(home[0]), *hole[0]))
+            if area(hole) < -NOTHING:
+                homes = (home for home in polygons if holds(home[0], *hole[0]))
                 next(homes, []).append(hole)
         found += polygons
     return found
 
 
-def cut(walks):
-    """The lines of walks, bent, cut at the meridian 180 and moved to -180..180.
+def holds(ring, x, z):
+    return overlap(Footprint([[ring]], 0, 0.0, rest=False), x - SLACK, z, x + SLACK, z)[0]
+
+
+def cut(walk):
+    """The lines of a walk, bent, cut at the meridian 180 and moved to -180..180.
 
     What runs along 180 is left out: the frame puts that back.
     """
     lines = []
-    for walk in walks:
-        pieces, last_turns = [], None
-        bent = chain.from_iterable(great_circle(*edge) for edge in walk)
-        for x0, z0, x1, z1 in chain.from_iterable(cut_at_180(*edge) for edge in bent):
-            turns = None if along_180(x0, x1) else floor(((x0 + x1) / 2 + 180) / 360)
-            if turns is not None:
-                if turns != last_turns:
-                    pieces.append([(x0 - 360 * turns, z0)])
-                pieces[-1].append((x1 - 360 * turns, z1))
-            last_turns = turns
-        if len(pieces) > 1:
-            (x0, z0), (x1, z1) = pieces[-1][-1], pieces[0][0]
-            if abs(x0 - x1) < SLACK and z0 == z1:  # cut only where the ring happens to begin
-                pieces[0] = pieces.pop() + pieces[0][1:]
-        lines += pieces
+    for start, end in edges_over([walk], -180, -1, 180, 1):
+        if not lines or lines[-1][-1] != start:
+            lines.append([start])
+        lines[-1].append(end)
+    if len(lines) > 1:
+        (x0, z0), (x1, z1) = lines[-1][-1], lines[0][0]
+        if abs(x0 - x1) < SLACK and z0 == z1:  # cut only where the ring happens to begin
+            lines[0] = lines.pop() + lines[0][1:]
     return lines
-
-
-def cut_at_180(x0, z0, x1, z1):
-    """An edge as edges that do not cross 180 or a copy of it (once: no edge is above a turn)."""
-    crossings = [180 + 360 * turns for turns in turns_between(min(x0, x1) - 180, max(x0, x1) - 180)]
-    return edges_of([(x0, z0)] + [(x, z0 + (x - x0) * (z1 - z0) / (x1 - x0)) for x in crossings] +
-                    [(x1, z1)])
 
 
 def joined_round_frame(pieces):
@@ -1312,15 +1285,13 @@ def joined_round_frame(pieces):
     rings = []
     while pieces:
         ring = pieces.pop()
-        while True:
+        while ring[0] != ring[-1]:
             end = way_round(ring[-1])
             ahead = [(way_round(piece[0]) - end) % 6 for piece in pieces + [ring]]
-            corners = [corner for way, corner in CORNERS if end < way < end + min(ahead)]
             following = ahead.index(min(ahead))
-            if following == len(pieces):
-                break
-            ring = ring + corners + pieces.pop(following)
-        rings.append(ring + corners + ring[:1])
+            ring = ring + [corner for way, corner in CORNERS if end < way < end + min(ahead)]
+            ring += pieces.pop(following) if following < len(pieces) else ring[:1]
+        rings.append(ring)
     return rings
 
 
@@ -1341,13 +1312,11 @@ def geometry_from_wkt(text):
 
     The wrapper may be missing. Places keep two values. None for any other text, or no text.
     """
-    match = WKT.fullmatch(text) if isinstance(text, str) else None
-    if not match or match.group(1).upper() not in WKT_TYPES:
-        return None
-    nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", match.group(2))
     try:
+        kind, nested = WKT.fullmatch(text).groups()
+        nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", nested)
         coordinates = json.loads(nested.replace("(", "[").replace(")", "]"))
-        geometry = {"type": WKT_TYPES[match.group(1).upper()], "coordinates": coordinates}
+        geometry = {"type": WKT_TYPES[kind.upper()], "coordinates": coordinates}
         read_parts(geometry)
     except UNREADABLE:
         return None
