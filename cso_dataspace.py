@@ -2968,7 +2968,7 @@ def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None):
             part = Part(task.path)
             try:
                 state = claim(part, task) and session.retrying(
-                    name, lambda: complete(task, part, session, on_bytes), retry)
+                    name, lambda part=part: complete(task, part, session, on_bytes), retry)
             finally:
                 part.leave()
             if state:
@@ -3090,8 +3090,10 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
                 done.put(Outcome(os.path.basename(task.path), "failed", message=str(error)))
 
     # Daemon threads: one that hangs in a system call does not keep the program from ending.
-    for _ in range(min(session.connections, len(tasks))):
-        threading.Thread(target=work, daemon=True).start()
+    threads = [threading.Thread(target=work, daemon=True)
+               for _ in range(min(session.connections, len(tasks)))]
+    for thread in threads:
+        thread.start()
     try:
         left = len(tasks)
         while left:
@@ -3104,6 +3106,8 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
                 yield outcome
     except BaseException:
         session.stop()
+        for thread in threads:          # most leave their parts at once
+            thread.join(0.4 / len(threads))
         raise
 
 
