@@ -57,7 +57,6 @@ import signal
 import socket
 import ssl
 import stat
-import struct
 import sys
 import threading
 import time
@@ -1397,8 +1396,7 @@ class Retry(NamedTuple):
 
 
 def is_loopback(host):
-    return host in ("localhost", "::1") or bool(
-        re.match(r"127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}\Z", host))
+    return bool(re.match(r"(localhost|::1|127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3})\Z", host))
 
 
 def split_url(url):
@@ -1479,17 +1477,16 @@ def retry_after(headers, now=time.time):
 def ca_context():
     """Return a TLS context that verifies, with the system's authorities wherever they are."""
     context = ssl.create_default_context()
-    paths = ssl.get_default_verify_paths()
-    if (context.cert_store_stats()["x509_ca"] or paths.cafile
-            or paths.capath and os.path.isdir(paths.capath) and os.listdir(paths.capath)):
-        return context
-    bundles = [path for path in CA_BUNDLES if os.path.exists(path)]
-    if not bundles:
-        with contextlib.suppress(ImportError):
-            import certifi
-            bundles.append(certifi.where())
-    if bundles:
-        context.load_verify_locations(bundles[0])
+    paths = ssl.get_default_verify_paths()      # None for those that are not there
+    if not (context.cert_store_stats()["x509_ca"] or paths.cafile
+            or paths.capath and os.listdir(paths.capath)):
+        bundles = [path for path in CA_BUNDLES if os.path.exists(path)]
+        if not bundles:
+            with contextlib.suppress(ImportError):
+                import certifi
+                bundles.append(certifi.where())
+        for path in bundles[:1]:
+            context.load_verify_locations(path)
     return context
 
 
@@ -1568,11 +1565,9 @@ def connection_error(url, error):
     if "CERTIFICATE_VERIFY_FAILED" in text or isinstance(reason, ssl.CertificateError):
         advice = ("; the certificate of %s is not trusted here: where a proxy re-signs it, point "
                   "SSL_CERT_FILE to the authority's file" % host)
-    elif isinstance(error, (ValueError, http.client.InvalidURL)):
-        text = "this url%s can't be asked" % (proxy and " or its proxy")    # parts of a password
-        advice = "; http://HOST/... or https://HOST/... was expected"
-    elif re.match("unknown url|no host", text):
-        advice = "; an http or https url was expected"
+    elif isinstance(error, (ValueError, http.client.InvalidURL)) or re.match(
+            "unknown url|no host", text):       # with parts of a password, if that has a slash
+        text, advice = "can't be asked", "; http://HOST/... or https://HOST/... was expected"
     elif "Tunnel connection failed: 407" in text:
         advice = "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
     else:
@@ -1675,9 +1670,7 @@ def find_credentials(host, environ=os.environ):
         raise LoginError("credentials: only one of CDSE_USERNAME and CDSE_PASSWORD is set; "
                          "set both or none")
     path = netrc_path(environ)
-    there = os.path.exists(path)
-    entries = read_netrc(path) if there else {}
-    hosts = list(dict.fromkeys(filter(None, (host,) + NETRC_HOSTS)))
+    entries, hosts = read_netrc(path), list(dict.fromkeys(filter(None, (host,) + NETRC_HOSTS)))
     for name in filter(entries.get, hosts):
         username, _, password = entries[name]
         if not (username and password):
@@ -1686,7 +1679,8 @@ def find_credentials(host, environ=os.environ):
     raise LoginError(
         "credentials: none found; looked at CDSE_USERNAME and CDSE_PASSWORD in the environment, "
         "and %s for machine %s; put 'machine zipper.%s login USER password PASSWORD' there "
-        "and chmod 400 it" % (path + " (no such file)" * (not there), ", ".join(hosts), DOMAIN))
+        "and chmod 400 it" % (path + " (no such file)" * (not os.path.exists(path)),
+                              ", ".join(hosts), DOMAIN))
 
 
 def netrc_path(environ):
@@ -1694,10 +1688,12 @@ def netrc_path(environ):
 
 
 def read_netrc(path):
-    """Return the (user, account, password) of a netrc file by host; raise LoginError."""
+    """Return (user, account, password) by host, none where there is no file; raise LoginError."""
     try:
         check_private(path)
         return netrc.netrc(path).hosts
+    except FileNotFoundError:
+        return {}
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
         # the parser's own text may quote a token of the file: name the line only
         line = getattr(error, "lineno", None)
@@ -1721,21 +1717,24 @@ def totp(secret, now):
     except ValueError:
         raise LoginError("CDSE_TOTP_SECRET: not base32; expected letters A-Z and digits 2-7, as "
                          "the account page shows it") from None
-    digest = hmac.new(key, struct.pack(">Q", int(now // 30)), hashlib.sha1).digest()
+    digest = hmac.new(key, int(now // 30).to_bytes(8, "big"), hashlib.sha1).digest()
     offset = digest[-1] & 15
-    return "%06d" % ((struct.unpack(">I", digest[offset:offset + 4])[0] & 0x7fffffff) % 10 ** 6)
+    code = int.from_bytes(digest[offset:offset + 4], "big") & 0x7fffffff
+    return "%06d" % (code % 10 ** 6)
 
 
 class Grant(NamedTuple):
-    """A token answer: `expires` is on the clock of its holder, `seconds` its whole life."""
+    """A token, one to renew it (or empty), and until when it is fresh on the clock of its holder.
+
+    Renewed up to a minute early, so that no request starts with a token about to end.
+    """
 
     access: str
     refresh: str
-    expires: float
-    seconds: float
+    until: float
 
     def __repr__(self):
-        return "Grant(expires=%r)" % self.expires
+        return "Grant(until=%r)" % self.until
 
 
 def parse_grant(body, began):
@@ -1748,7 +1747,8 @@ def parse_grant(body, began):
             raise ValueError
     except UNREADABLE:
         raise HttpError("token service: the answer holds no token", temporary=True) from None
-    return Grant(access, refresh if is_token(refresh) else "", began + seconds, seconds)
+    until = began + seconds - min(60, seconds / 4)
+    return Grant(access, refresh if is_token(refresh) else "", until)
 
 
 def is_token(text):
@@ -1758,8 +1758,9 @@ def is_token(text):
 class TokenCache:
     """A file through which the processes of one account share a token (mode 0600, no file lock).
 
-    Times in it are wall time, which processes on several machines share as well as they can: a
-    token that seems to live longer than it may is not used, and a refusal renews it anyway.
+    It tells how long the token is fresh, and when that was written: in wall time, which processes
+    on several machines share as well as they can.  A token from the future is not used, and a
+    refusal renews it anyway.
     """
 
     def __init__(self, path, account, clock, now):
@@ -1771,10 +1772,9 @@ class TokenCache:
             check_private(self.path)
             with open(self.path, encoding="utf-8") as text:
                 kept = json.load(text)
-            left = kept.pop("expires") - self.now()
-            lasting = left <= kept["seconds"] + 1 and is_token(kept["access"])
-            if kept.pop("account") == self.account and lasting:
-                return Grant(expires=self.clock() + left, **kept)
+            age = self.now() - kept["written"]
+            if kept["account"] == self.account and age > -1 and is_token(kept["access"]):
+                return Grant(kept["access"], kept["refresh"], self.clock() + kept["left"] - age)
         except FileNotFoundError:
             pass
         except (OSError,) + UNREADABLE as error:
@@ -1782,10 +1782,9 @@ class TokenCache:
         return None
 
     def write(self, grant):
-        kept = dict(grant._asdict(), account=self.account,
-                    expires=grant.expires - self.clock() + self.now())
         with replacing(self.path, 0o600) as out:
-            json.dump(kept, out)
+            json.dump({"account": self.account, "access": grant.access, "refresh": grant.refresh,
+                       "left": grant.until - self.clock(), "written": self.now()}, out)
 
     @contextlib.contextmanager
     def claimed(self, sleep):
@@ -1793,14 +1792,13 @@ class TokenCache:
         claim = self.path + ".login"
         with file_errors(claim):
             while True:
-                try:
-                    os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                    break
-                except FileExistsError:
-                    sleep(0.2)
                 with contextlib.suppress(FileNotFoundError):
                     if abs(self.now() - os.stat(claim).st_mtime) > CLAIM_AGE:
                         os.unlink(claim)
+                with contextlib.suppress(FileExistsError):
+                    open(claim, "x").close()
+                    break
+                sleep(0.2)
         try:
             yield
         finally:
@@ -1844,9 +1842,7 @@ class Token:
             self.cache = TokenCache(path, account, self.clock, self.now)
 
     def fresh(self):
-        # Renewed a minute early, so that no request starts with a token about to end.
-        grant = self.grant
-        return grant is not None and grant.expires - self.clock() > min(60, grant.seconds / 4)
+        return self.grant is not None and self.grant.until > self.clock()
 
     def reject(self, token, error):
         """Take note that the service refused this token; the next get() brings another.
@@ -1860,7 +1856,7 @@ class Token:
                 self.refused = LoginError("token of %s: refused though it is new: %s" % (
                     self.credentials.username, error))
                 raise self.refused from error
-            self.doubted, self.grant = True, self.grant._replace(expires=-math.inf)
+            self.doubted, self.grant = True, self.grant._replace(until=-math.inf)
 
     def renew(self):
         if self.cache is None:
@@ -1880,7 +1876,7 @@ class Token:
 
     def ask(self):
         """Return a Grant of the service: by the refresh token where there is one, else anew."""
-        if self.grant is not None and self.grant.refresh:
+        if self.grant and self.grant.refresh:
             try:
                 return self.request(grant_type="refresh_token", refresh_token=self.grant.refresh)
             except HttpError as error:
@@ -1916,13 +1912,10 @@ class Token:
         """Give the session back, best effort; not where other processes may use it."""
         with self.lock:
             grant, self.grant = self.grant, None
-        if grant is None or not grant.refresh or self.cache is not None:
-            return
-        try:
-            self.post(re.sub(r"/token$", "/logout", self.url),
-                      {"client_id": "cdse-public", "refresh_token": grant.refresh})
-        except DataSpaceError as error:
-            log.debug("logout: %s", error)
+        if grant and grant.refresh and not self.cache:
+            with contextlib.suppress(DataSpaceError):
+                self.post(re.sub(r"/token$", "/logout", self.url),
+                          {"client_id": "cdse-public", "refresh_token": grant.refresh})
 
 
 class Session:
@@ -2036,14 +2029,13 @@ class Session:
 
 def decode_json(body, url):
     """Return the JSON object in a body, or raise a temporary HttpError that shows its begin."""
-    try:
+    page = None
+    with contextlib.suppress(*UNREADABLE):
         page = json.loads(body.decode("utf-8-sig"))
-        if isinstance(page, dict):
-            return page
-    except UNREADABLE:
-        pass
-    raise failure(url, "no JSON object, but %d bytes that begin with %r" % (
-        len(body), body[:40].decode("utf-8", "replace")), 200)
+    if not isinstance(page, dict):
+        raise failure(url, "no JSON object, but %d bytes that begin with %r" % (
+            len(body), body[:40].decode("utf-8", "replace")), 200)
+    return page
 
 
 class Slots:
