@@ -1559,7 +1559,7 @@ class Http:
 
 def connection_error(url, error):
     """Return the HttpError for an exchange that brought no answer; no text of it is a secret."""
-    reason, host, proxy = getattr(error, "reason", error), host_of(url), proxy_of(url)
+    reason, host = getattr(error, "reason", error), host_of(url)
     text = re.sub(r"(?s).*@", "...@", str(reason)) or type(error).__name__
     advice, temporary = "", False
     if "CERTIFICATE_VERIFY_FAILED" in text or isinstance(reason, ssl.CertificateError):
@@ -1576,8 +1576,8 @@ def connection_error(url, error):
             text = "no answer in time"
         elif isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
             advice = "; is the name %r right, and this machine on the network?" % host
-    proxy = proxy and " (by the proxy %s)" % proxy
-    return failure(url, text + proxy + advice, 0, temporary)
+    proxy = " (by the proxy %s)" % proxy_of(url) if proxy_of(url) else ""
+    return failure(url, text + proxy + advice, temporary=temporary)
 
 
 def proxy_of(url):
@@ -1759,8 +1759,8 @@ class TokenCache:
     """A file through which the processes of one account share a token (mode 0600, no file lock).
 
     It tells how long the token is fresh, and when that was written: in wall time, which processes
-    on several machines share as well as they can.  A token from the future is not used, and a
-    refusal renews it anyway.
+    on several machines share to some seconds.  A token from the future is not used, and a refusal
+    renews it anyway.
     """
 
     def __init__(self, path, account, clock, now):
@@ -1773,7 +1773,7 @@ class TokenCache:
             with open(self.path, encoding="utf-8") as text:
                 kept = json.load(text)
             age = self.now() - kept["written"]
-            if kept["account"] == self.account and age > -1 and is_token(kept["access"]):
+            if kept["account"] == self.account and age > -30 and is_token(kept["access"]):
                 return Grant(kept["access"], kept["refresh"], self.clock() + kept["left"] - age)
         except FileNotFoundError:
             pass
@@ -1918,7 +1918,7 @@ class Token:
                           {"client_id": "cdse-public", "refresh_token": grant.refresh})
 
 
-class Session:
+class Session(contextlib.AbstractContextManager):
     """What the requests of one run share: connections, waits, the access token, the stop flag.
 
     Use it in a `with` block, which logs out at the end.  May be used by many threads, and pickled
@@ -1932,7 +1932,7 @@ class Session:
         self.token_url = token_url or environ.get("CDSE_TOKEN_URL") or TOKEN_URL
         self.stopped = threading.Event()
         self.pause = sleep or self.stopped.wait
-        self.http = Http(timeout, trusted)
+        self.http = Http(timeout, self.trusted)
         self.slots = Slots(connections, self.check_stop)
         self.token = Token(self.post, self.token_url, environ, clock, self.sleep)
 
@@ -1940,9 +1940,6 @@ class Session:
         # the environment may hold a password, and the copy has its own
         return type(self), (self.timeout, self.retry, self.trusted, self.token_url,
                             self.connections)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         if not self.stopped.is_set():
