@@ -1882,7 +1882,6 @@ class Token:
             except HttpError as error:
                 if error.status not in (400, 401, 500):     # 500 was seen for one that has ended
                     raise
-                log.info("token: the refresh was refused; logging in again")
         return self.login()
 
     def login(self):
@@ -1896,10 +1895,9 @@ class Token:
         except HttpError as error:
             if error.temporary or error.status == 0:
                 raise
-            hint = "" if "totp" in fields else (
-                "; an account with two factors also needs CDSE_TOTP or CDSE_TOTP_SECRET")
-            self.refused = LoginError("login of %s (from %s): refused: %s%s"
-                                      % (user, source, error, hint))
+            self.refused = LoginError(
+                "login of %s (from %s): refused: %s; an account with two factors also needs the "
+                "right CDSE_TOTP or CDSE_TOTP_SECRET" % (user, source, error))
             raise self.refused from error
         log.info("token: logged in as %s, from %s", user, source)
         return grant
