@@ -1361,6 +1361,7 @@ MAX_REDIRECTS = 6
 CHUNK = 1 << 18                 # bytes per read: large enough for full speed, small for memory
 CRAWL = 1000                    # bytes per second; slower for a whole timeout counts as a stall
 LARGEST_PAGE = 1 << 28          # bytes of a catalogue's answer
+LONGEST_MESSAGE = 4096          # bytes that are read of an error body
 LONGEST_RETRY_AFTER = 7200      # seconds; a service that asks for more gets no further try
 
 # Where Linux, BSD and macOS keep certificate authorities, for a Python built without a path.
@@ -1401,10 +1402,9 @@ def is_loopback(host):
 
 def split_url(url):
     """Return the parts of a url; those of a text that is no url are empty."""
-    try:
+    with contextlib.suppress(ValueError):
         return urllib.parse.urlsplit(url)
-    except ValueError:
-        return urllib.parse.urlsplit("")
+    return urllib.parse.urlsplit("")
 
 
 def host_of(url):
@@ -1444,7 +1444,7 @@ def service_message(body):
     A page that repeats the request does not show the token or the password that was in it.
     """
     text = re.sub(r"(?i)(\bbearer |(?:password|token|totp)=)[^\s\"&<]+", r"\1...",
-                  body[:4096].decode("utf-8", "replace"))
+                  body[:LONGEST_MESSAGE].decode("utf-8", "replace"))
     try:
         said = words_of(json.loads(text))
     except UNREADABLE:
@@ -1490,14 +1490,11 @@ def ca_context():
     return context
 
 
-class Connections(urllib.request.AbstractHTTPHandler):
+class Connections(urllib.request.HTTPHandler):
     """Opens connections for urllib; the first one over TLS makes the context for all."""
 
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+    https_request = urllib.request.HTTPHandler.http_request
     context = None
-
-    def http_open(self, request):
-        return self.do_open(http.client.HTTPConnection, request)
 
     def https_open(self, request):
         self.context = self.context or ca_context()
@@ -1508,9 +1505,8 @@ class Proxies(urllib.request.ProxyHandler):
     """The proxies of the environment, but never for this machine: they would see the token."""
 
     def proxy_open(self, request, proxy, kind):
-        if is_loopback(host_of(request.full_url)):
-            return None
-        return super().proxy_open(request, proxy, kind)
+        if not is_loopback(host_of(request.full_url)):
+            return super().proxy_open(request, proxy, kind)
 
 
 class Http:
@@ -1592,7 +1588,10 @@ def status_error(url, response):
     """Return the HttpError for an answer with a failure status, and close it."""
     status, wait, body = response.status, retry_after(response.headers), b""
     with response, contextlib.suppress(HttpError):
-        body = next(chunks(response, url, 5), b"")      # the begin of what it says will do
+        for data in chunks(response, url, 5):       # the begin of what it says will do
+            body += data
+            if len(body) > LONGEST_MESSAGE:
+                break
     said = service_message(body)
     if status in REDIRECTS:
         said = "redirected to " + shown(response.headers.get("Location") or "nowhere")
@@ -1935,7 +1934,7 @@ class Session(contextlib.AbstractContextManager):
         self.token = Token(self.post, self.token_url, environ, clock, self.sleep)
 
     def __reduce__(self):
-        # the environment may hold a password, and the copy has its own
+        # the environment may hold a password: the copy has its own, and its own clock and waits
         return type(self), (self.timeout, self.retry, self.trusted, self.token_url,
                             self.connections)
 
