@@ -1425,12 +1425,17 @@ def is_data_space(host):
     return host == DOMAIN or host.endswith("." + DOMAIN)
 
 
+def printable(text):
+    """Return a text of a service in one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def shown(url):
     """Return the url for a message: no password, no query."""
     parts = split_url(url)
     if not parts.netloc:
         return repr(re.sub(".*@", "...@", url[:200]))
-    return "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)
+    return printable("%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path))
 
 
 def failure(url, text, status=0, temporary=True, wait=None):
@@ -1449,7 +1454,7 @@ def service_message(body):
         said = words_of(json.loads(text))
     except UNREADABLE:
         said = re.sub(r"(?s)<(script|style|head).*?</\1>|<[^>]*>", " ", text)
-    return " ".join("".join(c if c.isprintable() else " " for c in said).split())[:300]
+    return printable(said)[:300]
 
 
 def words_of(said):

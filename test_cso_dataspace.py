@@ -5061,7 +5061,8 @@ class HttpTest(DownloadCase):
     def test_what_of_a_url_is_shown(self):
         for url, expected in (
                 ("https://me:secret@host.eu:8080/a/b?token=secret#secret", "https://host.eu:8080/a/b"),
-                ("http://secret@host.eu", "http://host.eu"), ("words", "'words'")):
+                ("http://secret@host.eu", "http://host.eu"), ("words", "'words'"),
+                ("http://host.eu/\x1b[2J", "http://host.eu/ [2J")):
             with self.subTest(url):
                 self.assertEqual(cso.shown(url), expected)
 
