@@ -1561,13 +1561,13 @@ class Http:
 def connection_error(url, error):
     """Return the HttpError for an exchange that brought no answer; no text of it is a secret."""
     reason, host = getattr(error, "reason", error), host_of(url)
-    text = re.sub(r"(?s).*@", "...@", str(reason)) or type(error).__name__
+    text = re.sub(".*@", "...@", printable(str(reason))) or type(error).__name__
     advice, temporary = "", False
     if "CERTIFICATE_VERIFY_FAILED" in text or isinstance(reason, ssl.CertificateError):
         advice = ("; the certificate of %s is not trusted here: where a proxy re-signs it, point "
                   "SSL_CERT_FILE to the authority's file" % host)
     elif isinstance(error, (ValueError, http.client.InvalidURL)) or re.match(
-            "unknown url|no host", text):       # with parts of a password, if that has a slash
+            "unknown url|no host", text):       # it may quote a part of a proxy's password
         text, advice = "can't be asked", "; http://HOST/... or https://HOST/... was expected"
     elif "Tunnel connection failed: 407" in text:
         advice = "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
