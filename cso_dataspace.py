@@ -514,10 +514,10 @@ def logical_lines(data, filename, files):
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     pieces = []
-    for lineno, text in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
-        text = text.rstrip()
-        pieces.append(text.rstrip("\\").rstrip())
-        if not text.endswith("\\"):
+    for lineno, physical in enumerate(re.split("\r\n|\r|\n", text) + [""], 1):
+        physical = physical.rstrip()
+        pieces.append(physical.rstrip("\\").rstrip())
+        if not physical.endswith("\\"):
             text = " ".join(pieces[:1] + [piece.lstrip() for piece in pieces[1:] if piece]).rstrip()
             line = Line(text, filename, lineno + 1 - len(pieces), files)
             if "\0" in text:
@@ -795,8 +795,8 @@ class Box(NamedTuple):
         if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
             raise ValueError("is no area; expected west and east within -360 and 360 degrees")
         if not -90 <= box.south <= box.north <= 90:
-            raise ValueError("is no area; expected west,south,east,north with -90 <= south <= north "
-                             "<= 90")
+            raise ValueError("is no area; expected west,south,east,north with south <= north, both "
+                             "within -90 and 90 degrees")
         if abs(box.east - box.west) > 360:
             raise ValueError("is no area; expected one at most 360 degrees wide")
         return box
@@ -1425,17 +1425,12 @@ def is_data_space(host):
     return host == DOMAIN or host.endswith("." + DOMAIN)
 
 
-def printable(text):
-    """Return a text of a service in one line, without what a terminal would obey."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
 def shown(url):
     """Return the url for a message: no password, no query."""
     parts = split_url(url)
     if not parts.netloc:
         return repr(re.sub(".*@", "...@", url[:200]))
-    return printable("%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path))
+    return "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)
 
 
 def failure(url, text, status=0, temporary=True, wait=None):
@@ -1454,7 +1449,7 @@ def service_message(body):
         said = words_of(json.loads(text))
     except UNREADABLE:
         said = re.sub(r"(?s)<(script|style|head).*?</\1>|<[^>]*>", " ", text)
-    return printable(said)[:300]
+    return " ".join(said.split())[:300]
 
 
 def words_of(said):
@@ -1561,7 +1556,7 @@ class Http:
 def connection_error(url, error):
     """Return the HttpError for an exchange that brought no answer; no text of it is a secret."""
     reason, host = getattr(error, "reason", error), host_of(url)
-    text = re.sub(".*@", "...@", printable(str(reason))) or type(error).__name__
+    text = re.sub("(?s).*@", "...@", str(reason)) or type(error).__name__
     advice, temporary = "", False
     if "CERTIFICATE_VERIFY_FAILED" in text or isinstance(reason, ssl.CertificateError):
         advice = ("; the certificate of %s is not trusted here: where a proxy re-signs it, point "
@@ -2079,8 +2074,8 @@ PAGE = {"odata": 1000, "opensearch": 500, "stac": 100}
 SKIP_MAX = 10000                # both walked services refuse more
 SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplified and bent
 SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
-MISSIONS = {"sentinel1": "SENTINEL-1", "sentinel2": "SENTINEL-2", "sentinel3": "SENTINEL-3",
-            "sentinel5p": "SENTINEL-5P", "sentinel6": "SENTINEL-6"}
+S5P = "SENTINEL-5P"
+MISSIONS = ["SENTINEL-1", "SENTINEL-2", "SENTINEL-3", S5P, "SENTINEL-6"]
 
 
 class Query(NamedTuple):
@@ -2105,24 +2100,23 @@ class Query(NamedTuple):
 
 def mission(collection):
     """Return the catalogue's spelling, SENTINEL-5P, of Sentinel5P or SENTINEL-5P alike."""
-    key = re.sub(r"[-_ ]", "", collection).lower()
-    return MISSIONS.get(key, collection)
+    name = re.sub("[-_ ]", "", collection).upper().replace("SENTINEL", "SENTINEL-")
+    return name if name in MISSIONS else collection
 
 
 def has_footprint(collection, producttype):
     """Return whether all catalogues draw footprints for a product type."""
-    return mission(collection) != "SENTINEL-5P" or not producttype.startswith(
+    return collection != S5P or not producttype.startswith(
         ("L1B_IR_", "AUX_", "L2__O3_TCL"))
 
 
 def longest_product(query):
     """Return the time that no product of this type exceeds, to find those that began before."""
-    if mission(query.collection) == "SENTINEL-5P":
+    if query.collection == S5P:
         multi_day = query.producttype.startswith(("L2__O3_TCL", "AUX_"))
         return datetime.timedelta(days=8 if multi_day else 1)
     composite = query.producttype.startswith("SY_") or not query.producttype
-    known = mission(query.collection) in MISSIONS.values()
-    return datetime.timedelta(days=1 if known and not composite else 32)
+    return datetime.timedelta(days=1 if query.collection in MISSIONS and not composite else 32)
 
 
 def wider_boxes(query):
@@ -2207,7 +2201,7 @@ class OData(Walked):
                   "$top": OData.page_size(query)}
         if skip:
             fields["$skip"] = skip
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
         elif query.selected:
             fields["$select"] = ",".join(select)
@@ -2220,14 +2214,14 @@ class OData(Walked):
 
     @staticmethod
     def condition(query, since):
-        terms = ["Collection/Name eq '%s'" % mission(query.collection)]
+        terms = ["Collection/Name eq '%s'" % query.collection]
         if query.producttype:
             terms.append("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' "
                          "and att/OData.CSC.StringAttribute/Value eq '%s')"
                          % query.producttype.replace("'", "''"))
         terms.append("ContentDate/Start ge " + format_time(since))
         terms.append("ContentDate/Start le " + format_time(query.end))
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             terms.append("ContentDate/End ge " + format_time(query.start))
         areas = ["OData.CSC.Intersects(area=geography'SRID=4326;%s')" % wkt_of([box])
                  for box in wider_boxes(query)]
@@ -2272,7 +2266,7 @@ class OpenSearch(Walked):
 
     @staticmethod
     def request(query, since, skip):
-        collection = mission(query.collection).replace("SENTINEL-", "Sentinel")
+        collection = query.collection.replace("SENTINEL-", "Sentinel")
         # the service lists what lies within its period, so it is asked for a longer one
         fields = {"startDate": format_time(since), "maxRecords": PAGE["opensearch"],
                   "completionDate": format_time(query.end + longest_product(query)),
@@ -2328,16 +2322,15 @@ class Stac:
         return Stac.search(query, names) if names else Stac.collections(query)
 
     @staticmethod
-    def collections(query, searched=False):
-        """Return the request for the list of collections; its place: those known, and why."""
-        return Request(query.url + "/collections?limit=1000", None, ([], searched))
+    def collections(query):
+        return Request(query.url + "/collections?limit=1000", None, [])     # known so far
 
     @staticmethod
     def names(query):
         """Return the collections that hold a Sentinel-5P type, or one given as such."""
         if query.collection.startswith("sentinel-"):
             return [query.collection]
-        if mission(query.collection) != "SENTINEL-5P":
+        if query.collection != S5P:
             return []
         level, _, kind = query.producttype.partition("_")
         name = "sentinel-5p-%s-%s" % (level[:2].lower(), re.sub("_+", "-", kind.strip("_")).lower())
@@ -2372,23 +2365,20 @@ class Stac:
         if following:
             following = following._replace(place="later page")
         elif not products and not request.place:
-            following = Stac.collections(query, searched=True)
+            following = Stac.collections(query)
         return products, following
 
     @staticmethod
     def after_collections(page, following, query, request):
-        """Return the search of the mission's collections that hold the type; raise if none does.
-
-        Where they were searched before, in vain, there is nothing to search again.
-        """
-        known, searched = request.place
+        """Return the search of the mission's collections that hold the type; raise if none does."""
+        known = request.place
         more = [one for one in page["collections"] if one not in known]
         if following and more:
-            return following._replace(place=(known + more, searched))
+            return following._replace(place=known + more)
         if following:
             raise CatalogueError("%s: a page of collections brings nothing new while more is "
                                  "announced" % shown(request.url))
-        wanted, prefix = Stac.names(query), mission(query.collection).lower() + "-"
+        wanted, prefix = Stac.names(query), query.collection.lower() + "-"
         found = [one["id"] for one in known + more if one["id"] in wanted or (
             not wanted and one["id"].startswith(prefix) and may_hold(one, query.producttype))]
         if not found:
@@ -2396,7 +2386,7 @@ class Stac:
                 "%s: no collection for %s %s; this service holds only the types that its "
                 "collections name, %s/odata/v1 holds all" % (
                     shown(request.url), query.collection, query.producttype, CATALOGUE_URL))
-        return None if searched else Stac.search(query, found)._replace(place="known to be there")
+        return Stac.search(query, found)._replace(place="known to be there")
 
     @staticmethod
     def following(page, request):
@@ -2514,7 +2504,7 @@ def first_page(query, session):
     """
     api = api_of(query.url) if query.api == "auto" else query.api
     substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
-    query = query._replace(api=api, url=query.url.rstrip("/"))
+    query = query._replace(api=api, url=query.url.rstrip("/"), collection=mission(query.collection))
     request = ADAPTERS[api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
     try:
@@ -2671,10 +2661,11 @@ def write_geojson(rows, geometries, path, dmode=None):
 POLL = 0.5                      # seconds between looks at a file that another process fetches
 ABANDONED = 120                 # seconds without a write after which a part counts as left behind
 HEAD = 512                      # first bytes of a body by which it is judged
+ZIP = b"PK\x03\x04"
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
-SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", b"PK\x03\x04"), ".zip": (b"PK\x03\x04",)}
+SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", ZIP), ".zip": (ZIP,)}
 
-PART_ENDING = re.compile(r"\.(.+)-(\d+)-\d+\.part$")
+PART_ENDING = re.compile(r"\.(.+-\d+)-\d+\.part$")
 
 
 class Task(NamedTuple):
@@ -2717,147 +2708,111 @@ class Part:
     alive: set = set()          # the parts that this process is at, by path
 
     def __init__(self, target):
-        self.target, self.path = target, part_name(target)
+        self.target, self.path, self.file = target, part_name(target), None
+        self.came, self.faults = 0, collections.Counter()
         Part.alive.add(self.path)
-        self.file, self.came, self.wrong_bodies = None, 0, []
         self.reset()
 
     def reset(self):
         """Begin again with an empty file."""
-        self.close()
+        if self.file:
+            self.file.close()
         discard(self.path)
-        with file_errors(self.path):
-            self.file = open(self.path, "xb")
+        self.file = open(self.path, "xb")
         self.count, self.md5, self.etag, self.head = 0, new_md5(), None, b""
 
     def write(self, data):
-        with file_errors(self.path):
+        with file_errors(self.target):  # never taken for a fault of where the data is from
             self.file.write(data)
             self.file.flush()           # a full disk is told now, and a killed run loses nothing
-        if len(self.head) < HEAD:
-            self.head += data[:HEAD]
+        self.head += data[:HEAD - len(self.head)]
         self.count += len(data)
         if self.md5:
             self.md5.update(data)
 
-    def write_all(self, source):
-        for data in iter(lambda: source.read(CHUNK), b""):
-            self.write(data)
-
-    def digest(self):
-        return self.md5.hexdigest() if self.md5 else ""
-
-    def close(self):
-        with file_errors(self.path):    # some file systems report a quota only now
-            if self.file:
-                self.file.close()
-
     def leave(self):
         """Close the part for good; one with bytes in it is kept for the next run."""
-        with contextlib.suppress(FileError):
-            self.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
         Part.alive.discard(self.path)
         if not self.count:
             discard(self.path)
 
-    def adopt(self, left):
-        """Take over the bytes of a part that someone left behind; it is gone then.
-
-        The rename gives it to one taker only.  The bytes are copied, not appended to: a writer
-        that was only asleep then wakes up to a file that is no one's.
-        """
-        mine = part_name(self.target)
-        try:
-            with contextlib.suppress(OSError):      # another process was faster
-                os.replace(left, mine)
-                with open(mine, "rb") as source:
-                    self.write_all(source)
-        finally:
-            discard(mine)
-
 
 def parts_beside(target):
-    """Return the paths of all parts of a target, and who is at them: {path: owner}."""
+    """Return the parts of a target, whoever made them: {path: (bytes, last written, owner)}."""
     folder, name = os.path.split(target)
     parts = {}
     for other in os.listdir(folder or "."):
         found = other.startswith(name) and PART_ENDING.match(other, len(name))
         if found:
-            parts[os.path.join(folder, other)] = (found.group(1), int(found.group(2)))
+            path = os.path.join(folder, other)
+            with contextlib.suppress(OSError):      # gone: its owner is done with it
+                about = os.stat(path)
+                parts[path] = about.st_size, about.st_mtime, found.group(1)
     return parts
 
 
-def is_abandoned(path, owner, now=time.time):
+def is_abandoned(path, written, owner, now):
     """Return whether nobody writes to a part any more.
 
     Known at once where its process was on this machine; else by the time of its last write.
     """
-    host, pid = owner
-    if "%s-%d" % owner == owner_name():
+    if owner == owner_name():
         return path not in Part.alive
+    host, _, pid = owner.rpartition("-")
     if host == owner_name().rpartition("-")[0] and os.name == "posix":
         try:
             with contextlib.suppress(PermissionError):
-                os.kill(pid, 0)
-        except ProcessLookupError:
+                os.kill(int(pid), 0)
+        except (ProcessLookupError, OverflowError):
             return True
-    with contextlib.suppress(OSError):
-        return now() - os.stat(path).st_mtime > ABANDONED
-    return False                # gone: its owner is done with it
+    return now - written > ABANDONED
 
 
-def claim(task, session):
-    """Return a Part for the task, None where the file is there, by now or since long.
+def claim(part, task):
+    """Return whether nobody else is at the task's file; then take over what others left of it.
 
-    While another process is fetching it, waits.  Two that come at the same time see each other's
-    part, step back and come again.
+    Two that come at the same time see each other's part, step back and come again.
     """
-    while not is_present(task):
-        part = Part(task.path)
-        try:
-            others = parts_beside(task.path)
-            del others[part.path]
-            if all(is_abandoned(*other) for other in others.items()) and not is_present(task):
-                inherit(part, sorted(others, key=size_of, reverse=True), task)
-                return part
-        except BaseException:
-            part.leave()
-            raise
-        part.leave()
-        session.sleep(POLL * (1 + random.random()))
-    return None
+    now = os.fstat(part.file.fileno()).st_mtime     # by the clock of the disk, as all the others
+    others = parts_beside(task.path)
+    others.pop(part.path, None)
+    if not all(is_abandoned(path, written, owner, now)
+               for path, (_, written, owner) in others.items()) or is_present(task):
+        return False
+    for path in sorted(others, key=others.get, reverse=True):       # the longest first
+        inherit(part, path, task)
+    return True
 
 
 def inherit(part, left, task):
-    """Take over the first of the parts left behind that may fit; remove the others."""
-    for path in left:
+    """Take over the bytes of a part that someone left behind, if they may fit; it is gone then.
+
+    The rename gives it to one taker only.  The bytes are copied, not appended to: a writer that
+    was only asleep then wakes up to a file that is no one's.
+    """
+    mine = part_name(task.path)
+    with contextlib.suppress(OSError):          # another process was faster, or it is not ours
+        os.replace(left, mine)
         # only an MD5 can tell whether old bytes and new ones belong together
-        fits = size_of(path) <= (task.size or math.inf)
-        if task.md5 and part.md5 and not part.count and fits:
-            part.adopt(path)
-        else:
-            discard(path)
-
-
-def size_of(path):
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return -1
+        if task.md5 and not part.count and os.path.getsize(mine) <= (task.size or math.inf):
+            with open(mine, "rb") as source:
+                shutil.copyfileobj(source, part, CHUNK)
+    discard(mine)
 
 
 def is_page(head, name):
     """Return why the first bytes of a body are no product, or an empty text."""
-    start = head.lstrip().lower()
-    if start.startswith((b"<?xml", b"<error")) and not name.lower().endswith((".xml", ".eof")):
+    start, ending = head.lstrip().lower(), os.path.splitext(name)[1].lower()
+    if start.startswith((b"<?xml", b"<error")) and ending not in (".xml", ".eof"):
         return "an XML page"
-    if start.startswith((b"<!doctype html", b"<html")) or b"<html" in start:
+    if start.startswith(b"<!doctype html") or b"<html" in start:
         return "an HTML page"
-    if start.startswith((b"{\"", b"[{", b"{\n", b"{ ")) and not name.endswith("json"):
+    if start.startswith((b"{\"", b"[{", b"{\n", b"{ ")) and not ending.endswith("json"):
         return "a JSON text"
-    signatures = SIGNATURES.get(os.path.splitext(name)[1].lower(), ())
-    if signatures and head and not head.startswith(signatures):
-        return "no %s file (it begins with %r)" % (os.path.splitext(name)[1], head[:16])
+    if head and not head.startswith(SIGNATURES.get(ending, b"")):
+        return "no %s file (it begins with %r)" % (ending, head[:16])
     return ""
 
 
@@ -2867,12 +2822,16 @@ def receive(session, task, part, on_bytes):
     A part goes on only by 206 with the right range of an unchanged object; anything else begins
     again, and a page of words never touches the bytes that are there.
     """
-    headers = range_headers(task, part)
+    headers = {}
+    if part.count and (part.etag or task.md5):
+        headers["Range"] = "bytes=%d-" % part.count
+        if part.etag:
+            headers["If-Range"] = part.etag
+    # a zip may come where the catalogue describes the file in it
+    most = 2 * task.size + (1 << 20) if task.size else math.inf
     with session.slots as limit:
         try:
             with session.open(task.href, headers) as response:
-                # a zip may come where the catalogue describes the file in it
-                most = 2 * task.size + (1 << 20) if task.size else math.inf
                 body = chunks(response, task.href, session.timeout, session.clock, most)
                 for data in begin(response, body, task, part):
                     part.write(data)
@@ -2882,20 +2841,10 @@ def receive(session, task, part, on_bytes):
         except HttpError as error:
             if error.status == 429:
                 session.slots.shrink(limit)
-            if error.status != 416 or "Range" not in headers:
-                raise
-            part.reset()
-            raise CheckError("%s: the service has no bytes after those here; beginning again"
-                             % os.path.basename(task.path)) from error
-
-
-def range_headers(task, part):
-    if not part.count or not (part.etag or (task.md5 and part.md5)):
-        return {}
-    headers = {"Range": "bytes=%d-" % part.count}
-    if part.etag:
-        headers["If-Range"] = part.etag
-    return headers
+            if error.status == 416 and headers:     # no bytes after those here: begin again
+                part.reset()
+                error.temporary = True
+            raise
 
 
 def begin(response, body, task, part):
@@ -2907,9 +2856,8 @@ def begin(response, body, task, part):
             break
     etag = response.headers.get("ETag", "")
     if response.status == 206:
-        start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        if not (part.count and start and int(start.group(1)) == part.count
-                and part.etag in (None, etag)):
+        same = response.headers.get("Content-Range", "").startswith("bytes %d-" % part.count)
+        if not (part.count and same and part.etag in (None, etag)):
             part.reset()
             raise CheckError("%s: the service sent another range, or of another file, than asked; "
                              "beginning again" % name)
@@ -2931,74 +2879,80 @@ def begin(response, body, task, part):
 def verify(task, part):
     """Return how the bytes of a part were checked; raise CheckError where they are wrong.
 
-    The part is empty again then.  A zip where .nc was asked for is unpacked first if it is not
-    what the catalogue describes.  A zip of which nothing is known, such as that of a directory
-    product, is tested by the checksums in it.
+    The part is empty again then.  The same wrong bytes three times are taken for an answer.
     """
-    name, known = os.path.basename(task.path), task.size or task.md5
-    if part.head.startswith(b"PK\x03\x04"):
-        if name.endswith(".nc") and (mismatch(task, part) or not known):
-            unpack(part, name)
-        elif not known:
-            return check_zip(part, name)
-    wrong = is_page(part.head[:HEAD], name) or mismatch(task, part)
-    if wrong:
-        body = part.count, part.digest()
-        part.wrong_bodies.append(body)
+    count = part.count
+    try:
+        return checked(task, part)
+    except CheckError as error:
         part.reset()
-        if part.wrong_bodies.count(body) < 3:
-            raise CheckError("%s: %s" % (name, wrong))
-        raise CheckError("%s: %s; it came like that 3 times, so the catalogue and the file do not "
-                         "agree" % (name, wrong), temporary=False)
-    if task.md5 and part.md5:
-        return "verified"
-    return "size only" if task.size else "unverified"
+        part.faults[count, str(error)] += 1
+        hopeless = part.faults[count, str(error)] == 3
+        raise CheckError("%s: %s%s" % (
+            os.path.basename(task.path), error, "; it came like that 3 times, so the catalogue and "
+            "the file do not agree" * hopeless), error.temporary and not hopeless) from error
+
+
+def checked(task, part):
+    """Return how the bytes of a part were checked, or raise CheckError.
+
+    A zip where .nc was asked for is unpacked first if it is not what the catalogue describes.  A
+    zip of which nothing is known, as of directory products, is tested by the checksums in it.
+    """
+    known = task.size or task.md5
+    if part.head.startswith(ZIP):
+        if task.path.endswith(".nc") and (mismatch(task, part) or not known):
+            unpack(part, task.size)
+        elif not known:
+            with opened_zip(part.path) as archive:
+                broken = archive.testzip()
+                if broken:
+                    raise zipfile.BadZipFile("%s has another checksum" % broken)
+            return "verified"
+    wrong = is_page(part.head, task.path) or mismatch(task, part)
+    if wrong:
+        raise CheckError(wrong)
+    return "verified" if task.md5 else "size only" if task.size else "unverified"
 
 
 def mismatch(task, part):
     if task.size and part.count != task.size:
         return "%d bytes came, %d were expected" % (part.count, task.size)
-    if task.md5 and part.md5 and part.digest() != task.md5:
-        return "MD5 %s came, %s was expected" % (part.digest(), task.md5)
+    if task.md5 and part.md5.hexdigest() != task.md5:
+        return "MD5 %s came, %s was expected" % (part.md5.hexdigest(), task.md5)
     return "" if part.count else "an empty file came"
 
 
 @contextlib.contextmanager
-def zip_errors(part, name):
-    """Turn whatever zipfile raises for a broken zip, of any compression, into a CheckError."""
+def opened_zip(path):
+    """Open a zip; whatever zipfile raises for a broken one becomes a CheckError."""
     try:
-        yield
+        with zipfile.ZipFile(path) as archive:
+            yield archive
     except (DataSpaceError, OSError):
         raise
     except Exception as error:
-        part.reset()
-        raise CheckError("%s: the zip is broken: %s" % (name, error)) from error
+        raise CheckError("the zip is broken: %s" % error) from error
 
 
-def check_zip(part, name):
-    with zip_errors(part, name), file_errors(part.path):
-        with zipfile.ZipFile(part.path) as archive:
-            broken = archive.testzip()
-            if broken:
-                raise zipfile.BadZipFile("%s has another checksum" % broken)
-    return "verified"
+def unpack(part, size):
+    """Replace a zip in the part by the single .nc file it holds; names in it are never paths.
 
-
-def unpack(part, name):
-    """Replace a zip in the part by the single .nc file it holds; names in it are never paths."""
+    If the size of the file is known, none of another size is unpacked: it may fill the disk.
+    """
     whole = part_name(part.target)
-    part.close()
+    part.file.close()
+    os.replace(part.path, whole)
     try:
-        with zip_errors(part, name), file_errors(part.path):
-            os.replace(part.path, whole)
-            part.reset()
-            with zipfile.ZipFile(whole) as archive:
-                members = [item for item in archive.infolist() if item.filename.endswith(".nc")]
-                if len(members) != 1:
-                    raise CheckError("%s: a zip with %d .nc files came; one was expected"
-                                     % (name, len(members)), temporary=False)
-                with archive.open(members[0]) as source:
-                    part.write_all(source)
+        part.reset()
+        with opened_zip(whole) as archive:
+            members = [item for item in archive.infolist() if item.filename.endswith(".nc")
+                       and size in (0, item.file_size)]
+            if len(members) != 1:
+                raise CheckError("a zip with %d .nc files%s came; one was expected" % (
+                    len(members), " of %d bytes" % size if size else ""), temporary=False)
+            with archive.open(members[0]) as source:
+                shutil.copyfileobj(source, part, CHUNK)
     finally:
         discard(whole)
 
@@ -3007,42 +2961,49 @@ def fetch(task, session, retry=None, dmode=None, on_bytes=lambda count: None):
     """Bring one file to task.path and return its Outcome: complete and checked, or an error.
 
     Size and MD5 that the task lacks are asked of the catalogue, once.  A file of the right size
-    that is there already is not fetched, nor one that another process brings meanwhile.  Raises
-    DataSpaceError; then nothing is at task.path that was not there before.
+    that is there already is not fetched; one that another process is fetching is waited for.
+    Raises DataSpaceError; then nothing is at task.path that was not there before.
     """
     began, name = session.clock(), os.path.basename(task.path)
-    task = described(task, session, retry)
-    make_directories(os.path.dirname(task.path), dmode)
-    part = claim(task, session)
-    if part is None:
-        return Outcome(name, "present")
-    try:
-        state = session.retrying(name, lambda: complete(task, part, session, on_bytes), retry)
-    finally:
-        part.leave()
-    return Outcome(name, state, part.came, session.clock() - began)
+    with file_errors(task.path):
+        task = described(task, session, retry)
+        if new_md5() is None:
+            task = task._replace(md5="")
+        make_directories(os.path.dirname(task.path), dmode)
+        while not is_present(task):
+            part = Part(task.path)
+            try:
+                state = claim(part, task) and session.retrying(
+                    name, lambda: complete(task, part, session, on_bytes), retry)
+            finally:
+                part.leave()
+            if state:
+                return Outcome(name, state, part.came, session.clock() - began)
+            session.sleep(POLL * (1 + random.random()))
+    return Outcome(name, "present")
 
 
 def complete(task, part, session, on_bytes):
-    """Fill the part, check it and put it in its place; return how it was checked.  One try."""
-    if not os.path.exists(part.path):       # taken over while this process waited
-        if is_present(task):
-            return "present"
-        part.reset()
+    """Fill the part, check it and put it in its place; return how it was checked.  One try.
+
+    Returns an empty text if another process took the part over: this one was taken for dead.
+    """
+    if not os.path.exists(part.path):
+        return ""
     if not task.size or part.count != task.size:
         receive(session, task, part, on_bytes)
     state = verify(task, part)
-    part.close()
-    with file_errors(task.path):
+    part.file.close()
+    try:
         os.replace(part.path, task.path)
+    except FileNotFoundError:
+        return ""
     return state
 
 
 def is_present(task):
     """Return whether the file is there already: only complete ones ever get their final name."""
-    if not os.path.isfile(task.path):
-        return False
-    size = os.path.getsize(task.path)
+    size = os.path.getsize(task.path) if os.path.isfile(task.path) else 0
     return size == task.size if task.size else size > 0
 
 
@@ -3052,42 +3013,43 @@ def described(task, session, retry=None):
     by_name = task.href.startswith("s3://")
     if task.size and task.md5 and not by_name:
         return task
-    product = looked_up(task.href, session, retry)
-    if by_name and product is None:
-        raise CatalogueError("%s: the catalogue has no product of that name" % task.href)
+    try:
+        product = looked_up(task.href, session, retry)
+    except CatalogueError:
+        if by_name:
+            raise
+        return task
     if by_name:
         task = task._replace(href=DOWNLOAD_URL.replace("{product_id}", product.product_id))
-    if product is None or is_directory_product(product.filename):
+    if is_directory_product(product.filename):
         return task                 # what is told of a directory is of its files, not of the zip
     return task._replace(size=task.size or product.size, md5=task.md5 or product.md5)
 
 
 def looked_up(href, session, retry=None):
-    """Return the Product that the catalogue describes for a href, None where it has none."""
-    base = CATALOGUE_URL + "/odata/v1"
+    """Return the Product that the catalogue describes for a href; raise CatalogueError if none."""
+    base, url = CATALOGUE_URL + "/odata/v1", ""
     if href.startswith("s3://"):
         name = href.rstrip("/").rpartition("/")[2].replace("'", "''")
         url = url_with(base + "/Products", **{"$filter": "Name eq '%s'" % name})
     elif href_id(href):
         base = base if is_data_space(host_of(href)) else href.partition("/Products(")[0]
         url = "%s/Products(%s)" % (base, href_id(href))
-    else:
-        return None
     try:
-        page = session.read_json(Request(url), retry)
-        found = page["value"] if isinstance(page.get("value"), list) else [page]
-        return OData.product(found[0]) if found else None
+        page = session.read_json(Request(url), retry) if url else {"value": []}
+        return OData.product(page.get("value", [page])[0])
     except HttpError as error:
         if error.temporary or error.status not in (400, 404, 422):
             raise
     except UNREADABLE as error:
         log.debug("%s: no description of a product (%s)", shown(url), error)
-    return None
+    raise CatalogueError("%s: the catalogue has no product for this href; is it right?"
+                         % shown(href))
 
 
 def check_space(tasks):
     """Raise FileError where the free space is known to be too small for what is to come."""
-    folder = existing_directory(os.path.dirname(tasks[0].path)) if tasks else "."
+    folder = existing_directory(os.path.dirname(tasks[0].path if tasks else ""))
     needed = sum(task.size for task in tasks if not os.path.exists(task.path))
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -3104,11 +3066,11 @@ def existing_directory(path):
 
 def bytes_text(count):
     """Return a number of bytes for people: 63.8 MB."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
         count /= 1000
-        units.pop(0)
-    return ("%d %s" if units[0] == "bytes" else "%.1f %s") % (count, units[0])
+    return "%.*f %s" % (unit != "bytes", count, unit)
 
 
 def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambda: None):
@@ -3186,9 +3148,9 @@ def catalogue_url(text):
 def known_collection(text):
     """Return the collection in the catalogue's spelling; both spellings are taken."""
     name = mission(text)
-    meant = difflib.get_close_matches(name.upper(), MISSIONS.values(), 1, 0.8)
+    meant = difflib.get_close_matches(name.upper(), MISSIONS, 1, 0.8)
     if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
-        known = (meant or ["SENTINEL-5P"])[0]
+        known = (meant or [S5P])[0]
         raise ValueError("is unknown; expected %s or %s" % (
             known.replace("SENTINEL-", "Sentinel"), known))
     return name
@@ -3317,11 +3279,11 @@ def query_of(options):
             api_of(url)
     except ValueError as error:
         raise options.wrong("url", error) from None
-    producttype = options.get("producttype", required=collection == "SENTINEL-5P")
-    if collection == "SENTINEL-5P" and len(producttype) != 10:
+    producttype = options.get("producttype", required=collection == S5P)
+    if collection == S5P and len(producttype) != 10:
         raise options.wrong("producttype", "has %d characters, a Sentinel-5P type has 10; is %s "
                             "meant?" % (len(producttype), meant_type(producttype)))
-    usual = "local" if collection == "SENTINEL-5P" else "server"
+    usual = "local" if collection == S5P else "server"
     server = (options.get("area.filter") or usual) == "server"
     drawn = has_footprint(collection, producttype)
     needed = drawn and box is not None or bool(options.get("output.geojson"))
@@ -3366,14 +3328,14 @@ def in_area(products, query, minimum):
         return ((product, None) for product in products)
 
     def covered():
-        count = unknown = 0
-        for count, product in enumerate(products, 1):
+        unknown = 0
+        for product in products:
             overlaps, fraction = box_overlap(product.geometry, query.box)
             unknown += fraction is None
             yield product, fraction if overlaps else -1         # outside
         if unknown:
-            log.warning("footprints: %d of %d are missing or can't be read; these products count "
-                        "as overlapping", unknown, count)
+            log.warning("footprints: %d missing or not readable; these products count as "
+                        "overlapping", unknown)
 
     def reason(found):
         if found[1] is None or 100 * found[1] >= minimum:
@@ -3644,14 +3606,6 @@ class CSO_DataSpace_Downloader:
 
 ################ Command line ################
 
-EXAMPLES = {
-    "run": "example: %(prog)s no2.rc --set area=-10,35,30,60",
-    "inquire": "example: %(prog)s no2.rc --env my.work=/scratch/me",
-    "download": "example: %(prog)s table.csv --dir data/%%Y/%%m --part 3/16 --report report.csv",
-    "settings": "example: %(prog)s no2.rc",
-    "check": "example: %(prog)s no2.rc",
-}
-
 
 class Screen(logging.Handler):
     """What the user sees on stderr: messages, and on a terminal one line of progress below them."""
@@ -3664,23 +3618,21 @@ class Screen(logging.Handler):
 
     def emit(self, record):
         level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
-        self.write(level + record.getMessage() + "\n")
+        self.write(printable(level + record.getMessage()) + "\n")
 
-    def write(self, text):
-        """Write a text in the place of the line of progress."""
-        erasing = "\r" + " " * len(self.drawn) + "\r" if self.drawn else ""
-        with contextlib.suppress(OSError, ValueError):      # a terminal that went away
-            self.stream.write(erasing + text)
+    def write(self, text, drawn=""):
+        """Write a text in the place of the line of progress; `drawn` is what is to stay below."""
+        with self.lock, contextlib.suppress(OSError, ValueError):   # a terminal that went away
+            erasing = "\r" + " " * len(self.drawn) + "\r" if self.drawn else ""
+            self.drawn = drawn
+            self.stream.write(erasing + text + drawn)
             self.stream.flush()
-        self.drawn = ""
 
     def draw(self, text):
         """Show the line of progress: cut to the window, at most ten times a second."""
-        if not self.terminal or self.clock() - self.drawn_at < 0.1:
-            return
-        text = text[:max(10, self.width() - 1)]
-        self.write(text)
-        self.drawn, self.drawn_at = text, self.clock()
+        if self.terminal and self.clock() - self.drawn_at >= 0.1:
+            self.write("", text[:self.width() - 1])
+            self.drawn_at = self.clock()
 
     def width(self):
         try:
@@ -3693,8 +3645,8 @@ class Progress:
     """Adds up the files and bytes of a batch and shows them on a Screen."""
 
     def __init__(self, tasks, screen, clock=time.monotonic):
-        self.files, self.size = len(tasks), sum(task.size for task in tasks)
-        self.unknown = any(not task.size for task in tasks)
+        self.files = len(tasks)
+        self.size = sum(task.size for task in tasks) if all(task.size for task in tasks) else 0
         self.screen, self.clock, self.began = screen, clock, clock()
         self.ended = self.came = self.skipped = 0
         self.lock = threading.Lock()
@@ -3704,32 +3656,26 @@ class Progress:
             self.came += count
 
     def draw(self):
-        seconds = max(self.clock() - self.began, 0.001)
-        rate = self.came / seconds
-        text = "%d/%d files, %s" % (self.ended, self.files, bytes_text(self.came))
-        if self.size and not self.unknown:
-            text += " of " + bytes_text(self.size)
-        text += ", %s/s" % bytes_text(rate)
+        rate = self.came / max(self.clock() - self.began, 0.001)
         left = self.size - self.came - self.skipped
-        if rate and not self.unknown and left > 0:
-            text += ", %s left" % duration(left / rate)
-        self.screen.draw(text)
+        self.screen.draw("%d/%d files, %s%s, %s/s%s" % (
+            self.ended, self.files, bytes_text(self.came),
+            " of " + bytes_text(self.size) if self.size else "", bytes_text(rate),
+            ", %s left" % duration(left / rate) if rate and left > 0 else ""))
 
     def end(self, outcome, size=0):
         """Log how a file ended; on a terminal only what needs attention stays to be read."""
+        name, state, came, seconds, message = outcome
         self.ended += 1
-        if outcome.state == "failed":
-            log.error("%s", outcome.message if outcome.filename in outcome.message else
-                      "%s: %s" % (outcome.filename, outcome.message))
+        self.skipped += 0 if came else size
+        if state == "failed":
+            log.error("%s", message if name in message else "%s: %s" % (name, message))
             return
-        self.skipped += 0 if outcome.bytes else size
-        text = "%s: %s" % (outcome.filename, outcome.state)
-        if outcome.bytes:
-            rate = outcome.bytes / max(outcome.seconds, 0.001)
-            text += ", %s in %.1f s, %s/s" % (
-                bytes_text(outcome.bytes), outcome.seconds, bytes_text(rate))
-        quiet = self.screen.terminal and outcome.state in ("verified", "size only", "present")
-        log.log(logging.DEBUG if quiet else logging.INFO, "%s", text)
+        speed = ", %s in %.1f s, %s/s" % (
+            bytes_text(came), seconds, bytes_text(came / max(seconds, 0.001)))
+        quiet = self.screen.terminal and state in ("verified", "size only", "present")
+        log.log(logging.DEBUG if quiet else logging.INFO, "%s: %s%s", name, state,
+                speed if came else "")
 
 
 def duration(seconds):
@@ -3740,38 +3686,44 @@ def duration(seconds):
     return "%d h %d min" % (hours, minutes) if hours else "%d min" % minutes
 
 
+def printable(text, encoding="utf-8"):
+    """Return the text with all escaped that a file of this encoding or a terminal can't show."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match.group())[1:-1], text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def say(text):
-    """Print a result; what the console's encoding can't show is escaped."""
+    """Print a result."""
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"      # it may be closed
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(printable(text, encoding), flush=True)    # now, so that a reader who left is noticed here
 
 
 def parser():
     top = argparse.ArgumentParser(
         prog="cso_dataspace", description="List and fetch Sentinel products of the Copernicus "
-        "Data Space. A table is complete, or there is an error; a file is complete and checked, "
-        "or absent.", epilog="exit status: 0 all well, 1 error, 2 usage, 3 some files failed, "
+        "Data Space.", epilog="exit status: 0 all well, 1 error, 2 usage, 3 some files failed, "
         "130 and 143 stopped by a signal")
     top.add_argument("--version", action="version", version="cso_dataspace " + __version__)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True
 
-    def command(name, text):
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
-                                  epilog=EXAMPLES[name])
+    def command(name, text, example="no2.rc"):
+        sub = commands.add_parser(name, help=text, description=text.capitalize() + ".",
+                                  epilog="example: %(prog)s " + example)
         sub.add_argument("-q", "--quiet", action="store_true", help="errors only")
         sub.add_argument("-v", "--verbose", action="store_true", help="requests and dropped rows")
         return sub
 
-    run = command("run", "inquire, write the table, download its files")
-    listing = command("inquire", "write the table only")
-    fetching = command("download", "download the files of a table, or single ones")
+    run = command("run", "inquire, write the table, download its files",
+                  "no2.rc --set area=-10,35,30,60")
+    listing = command("inquire", "write the table only", "no2.rc --env my.work=/scratch/me")
+    fetching = command("download", "download the files of a table, or single ones",
+                       "table.csv --dir data/%%Y/%%m --part 3/16 --report report.csv")
     showing = command("settings", "show the evaluated settings, each with its place")
     checking = command("check", "see whether everything is in place")
-    for sub in (run, listing, showing):
-        sub.add_argument("rcfile", metavar="RCFILE", help="settings file")
-    checking.add_argument("rcfile", metavar="RCFILE", nargs="?", help="settings file")
     for sub in (run, listing, showing, checking):
+        sub.add_argument("rcfile", metavar="RCFILE", nargs="?" if sub is checking else None,
+                         help="settings file")
         sub.add_argument("--rcbase", metavar="BASE", help="first part of the names of the settings")
         sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], type=pair,
                          help="another value for a setting")
@@ -3823,41 +3775,43 @@ def options_of(args):
     return Options(settings, base)
 
 
+@contextlib.contextmanager
+def signals_end(session):
+    """A session that is given back at the end, but not after a signal: that waits for no one."""
+    with session:
+        try:
+            yield session
+        except SystemExit:
+            session.stop()
+            raise
+
+
 def command_run(args, screen):
     options = options_of(args)
     query_of(options)
     given = {name: options.get(name) for name in SETTINGS}      # a mistake is told before all else
-    with session_of(options) as session:
+    directory, url = given["download.dir"], given["download_url"]
+    with signals_end(session_of(options)) as session:
         if args.dry_run:
-            return dry_run(options, session, given["download.dir"], args.part)
-        if may_see_token(given["download_url"], session.http.trusted):      # a wrong password too
-            session.retrying("token", lambda: session.token.get(host_of(given["download_url"])))
+            return dry_run(options, session, directory, args.part)
+        if may_see_token(url, session.http.trusted):            # a wrong password too
+            session.retrying("token", lambda: session.token.get(host_of(url)))
         rows = inquire(options.settings, options.rcbase, session)
-        tasks = tasks_of(rows, given["download.dir"], args.part)
-        return fetch_all(tasks, session, args.report, screen, given["dmode"])
+        return fetch_all(tasks_of(rows, directory, args.part), session, args.report, screen,
+                         given["dmode"])
 
 
 def command_inquire(args, screen):
     options = options_of(args)
-    with session_of(options) as session:
+    with signals_end(session_of(options)) as session:
         if args.dry_run:
             return dry_run(options, session)
         inquire(options.settings, options.rcbase, session)
     return 0
 
 
-def dry_run(options, session, directory=".", part=None):
-    session.note = say_request
-    return show_plan(tasks_of(list_rows(options, session)[0], directory, part))
-
-
-def say_request(request):
-    say("request: %s%s" % (urllib.parse.unquote(request.url),
-                           " " + json.dumps(request.body) if request.body else ""))
-
-
 def command_download(args, screen):
-    with Session(connections=args.connections) as session:
+    with signals_end(Session(connections=args.connections)) as session:
         rows = [row for source in args.sources for row in rows_of(source, session)]
         tasks = tasks_of(rows, args.dir, args.part)
         if args.dry_run:
@@ -3870,10 +3824,14 @@ def rows_of(source, session):
     if not re.match(r"(https?|s3)://", source):
         return read_table(source)
     href = mend_href(source)
-    product = looked_up(href, session)
-    if product is None:
-        raise CatalogueError("%s: the catalogue has no such product; is the href right?" % source)
-    return [row_of(product, DOWNLOAD_URL if href.startswith("s3://") else href)]
+    url = DOWNLOAD_URL if href.startswith("s3://") else href
+    return [row_of(looked_up(href, session), url)]
+
+
+def dry_run(options, session, directory=".", part=None):
+    session.note = lambda request: say("request: %s%s" % (
+        urllib.parse.unquote(request.url), " " + json.dumps(request.body) if request.body else ""))
+    return show_plan(tasks_of(list_rows(options, session)[0], directory, part))
 
 
 def show_plan(tasks):
@@ -3887,34 +3845,35 @@ def show_plan(tasks):
 
 def fetch_all(tasks, session, report, screen, dmode=None):
     """Download the tasks, show and report how each ended; return the exit status."""
-    progress, ended = Progress(tasks, screen), []
-    if report:
-        write_report([], tasks, report)         # fails now, not after a night of downloads
+    progress = Progress(tasks, screen)
     sizes = {os.path.basename(task.path): task.size for task in tasks}
+    outcomes = {name: Outcome(name, "failed", message="not reached") for name in sizes}
+    write_report(report, outcomes)              # fails now, not after a night of downloads
     try:
         for outcome in download(tasks, session, dmode, progress.add, progress.draw):
-            ended.append(outcome)
+            outcomes[outcome.filename] = outcome
             progress.end(outcome, sizes[outcome.filename])
-    finally:
-        screen.write("")
-        if report:
-            write_report(ended, tasks, report)
-    failed = [outcome for outcome in ended if outcome.state == "failed"]
-    counts = collections.Counter(outcome.state for outcome in ended)
-    say("%d of %d files here: %s" % (len(ended) - len(failed), len(tasks), ", ".join(
-        "%d %s" % (count, state) for state, count in sorted(counts.items())) or "nothing to do"))
-    if failed:
-        log.error("%d files failed; run the same command again to go on", len(failed))
-    return 3 if failed else 0
+    except BaseException:
+        with contextlib.suppress(FileError):    # what ended the run is told, not this
+            write_report(report, outcomes)
+        raise
+    screen.write("")
+    write_report(report, outcomes)
+    counts = collections.Counter(outcome.state for outcome in outcomes.values())
+    said = ", ".join("%d %s" % (count, state) for state, count in sorted(counts.items()))
+    say("%d of %d files here: %s" % (len(outcomes) - counts["failed"], len(outcomes),
+                                     said or "nothing to do"))
+    if counts["failed"]:
+        log.error("%d files failed; run the same command again to go on", counts["failed"])
+    return 3 if counts["failed"] else 0
 
 
-def write_report(ended, tasks, path):
+def write_report(path, outcomes):
     """Write a csv line for each file; those that a stop left out are failed as well."""
-    known = {outcome.filename for outcome in ended}
-    missing = [Outcome(os.path.basename(task.path), "failed", message="not reached")
-               for task in tasks if os.path.basename(task.path) not in known]
-    write_csv(path, Outcome._fields, (outcome._replace(seconds="%.1f" % outcome.seconds)
-                                      for outcome in ended + missing))
+    if path:
+        write_csv(path, Outcome._fields, (
+            outcome._replace(seconds="%.1f" % outcome.seconds, message=printable(outcome.message))
+            for outcome in outcomes.values()))
 
 
 def command_settings(args, screen):
@@ -3926,15 +3885,14 @@ def command_settings(args, screen):
 
 def command_check(args, screen):
     """Print a line for everything a run needs: ok, or what to do; status 1 if something is not."""
-    options = options_of(args) if args.rcfile else None
-    session = session_of(options) if options else Session()
+    session, url, folder, failed = Session(), CATALOGUE_URL + "/odata/v1", ".", 0
+    if args.rcfile:
+        options = options_of(args)
+        session, url = session_of(options), query_of(options).url.rstrip("/")
+        with contextlib.suppress(SettingsError):
+            folder = options.get("download.dir")
     session.retry = Retry(1)
-    url = query_of(options).url if options else CATALOGUE_URL + "/odata/v1"
-    folder = "."
-    with contextlib.suppress(SettingsError):
-        folder = options.get("download.dir") if options else "."
-    failed = 0
-    with session:
+    with signals_end(session):
         for name, probe in (
                 ("python", check_python),
                 ("proxy", lambda: "ok: " + (proxy_of(url) or "none for " + host_of(url))),
@@ -3945,7 +3903,7 @@ def command_check(args, screen):
                 ("space", lambda: check_folder(folder))):
             try:
                 said = probe()
-            except (DataSpaceError, ValueError) as error:
+            except (DataSpaceError, OSError, ValueError) as error:
                 said, failed = "NOT ok: %s" % error, 1
             say("%-12s %s" % (name, said))
     return failed
@@ -3960,22 +3918,19 @@ def check_python():
 
 def check_catalogue(url, session):
     """Ask for the least there is; tell how far the clocks are apart."""
-    base = url.rstrip("/")
-    if api_of(base) == "opensearch":
-        base = odata_beside(base) or base
+    base = api_of(url) == "opensearch" and odata_beside(url) or url
     date = asked(base, session)
     skew = abs(email.utils.mktime_tz(date) - time.time()) if date else 0
     return "ok: %s answers, clocks differ by %d s" % (base, skew)
 
 
 def check_opensearch(url, session):
-    base = url.rstrip("/")
-    if api_of(base) != "opensearch":
-        base = "%s://%s/resto/api" % split_url(base)[:2]
+    meant = api_of(url) == "opensearch"
+    base = url if meant else "%s://%s/resto/api" % split_url(url)[:2]
     try:
         asked(base, session)
     except HttpError as error:
-        if api_of(url) == "opensearch" and not odata_beside(url):
+        if meant and not odata_beside(url):
             raise
         return "ok: not needed; retired in March 2026 (%s)" % error
     return "ok: %s answers" % base
@@ -4006,6 +3961,24 @@ def check_folder(folder):
 
 COMMANDS = {"run": command_run, "inquire": command_inquire, "download": command_download,
             "settings": command_settings, "check": command_check}
+STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
+def stop(number, frame):
+    """End the run at a signal.  Those that a launcher of jobs sends on as well change nothing."""
+    for other in STOPS:
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def drain(stream):
+    """Flush what is left; if its reader has gone, let Python not stumble over that at exit."""
+    try:
+        if stream:
+            stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(argv=None):
@@ -4013,37 +3986,36 @@ def main(argv=None):
 
     No traceback for what a user can cause.
     """
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit as error:         # argparse has said why
-        return error.code or 0
-    screen = Screen(sys.stderr or open(os.devnull, "w"), args.quiet)
-    level, propagate = log.level, log.propagate
-    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
-    log.addHandler(screen)
-    log.propagate = False
-    before = None
-    with contextlib.suppress(ValueError):       # not the main thread
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return COMMANDS[args.command](args, screen)
-    except BrokenPipeError:             # stdout went to a program such as head, which ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (DataSpaceError, OSError, UnicodeError) as error:
-        log.error("%s", error)
-        return 1
-    except (KeyboardInterrupt, SystemExit) as stop:
-        status = getattr(stop, "code", 130)
-        log.error("stopped by %s; what has come is kept, run again to go on",
-                  "SIGTERM" if status == 143 else "Ctrl-C")
-        return status
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        log.removeHandler(screen)
-        log.setLevel(level)
-        log.propagate = propagate
+    with contextlib.ExitStack() as undo:
+        undo.callback(drain, sys.stdout)
+        undo.callback(drain, sys.stderr)
+        try:
+            args = parser().parse_args(argv)
+        except SystemExit as error:         # argparse has said why
+            return error.code or 0
+        screen = Screen(sys.stderr or undo.enter_context(open(os.devnull, "w")), args.quiet)
+        undo.callback(log.setLevel, log.level)
+        undo.callback(setattr, log, "propagate", log.propagate)
+        undo.callback(log.removeHandler, screen)
+        log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
+        log.propagate = False
+        log.addHandler(screen)
+        with contextlib.suppress(ValueError):       # not the main thread
+            for number in STOPS:
+                if signal.getsignal(number) != signal.SIG_IGN:      # as in the background
+                    before = signal.signal(number, stop)
+                    undo.callback(signal.signal, number, before or signal.SIG_DFL)
+        try:
+            return COMMANDS[args.command](args, screen)
+        except BrokenPipeError:             # stdout went to a program such as head, which ended
+            return 1
+        except (DataSpaceError, OSError, UnicodeError) as error:
+            log.error("%s", error)
+            return 1
+        except SystemExit as stopped:
+            log.error("stopped by %s; what has come is kept, run again to go on",
+                      STOPS[stopped.code - 128])
+            return stopped.code
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import csv
 import datetime
 import email.utils
 import errno
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -24,7 +25,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import operator
 import os
 import pathlib
@@ -89,7 +89,6 @@ class Record(typing.NamedTuple):
     content: int = None             # bytes delivered; None: as the stand-in is told
     stated: int = None              # size stated instead of the true one, such as 0 or -1
     checksum: str = 'MD5'           # or '' (an empty list), or a text stated instead: 'N/A'
-    online: bool = True
 
     @property
     def stem(self):
@@ -124,10 +123,10 @@ def meets_box(geometry, box):
                for w, s, e, n in map(bounding_box, outlines(geometry)))
 
 
-def typed_geometry(kind, words):
-    """GeoJSON from words `x,y`; `|` begins the next part."""
-    lines = [[[float(number) for number in point.split(',')] for point in part.split()]
-             for part in ' '.join(words).split('|')]
+def typed_geometry(kind, text):
+    """GeoJSON from places `x,y`; `|` begins the next part."""
+    lines = [[[float(number) for number in place.split(',')] for place in part.split()]
+             for part in text.split('|')]
     wrap = {'LineString': lines[0], 'MultiPolygon': [[line] for line in lines]}
     return {'type': kind, 'coordinates': wrap.get(kind, lines)}
 
@@ -159,7 +158,7 @@ def typed_records(text):
         yield Record(id, name, 'SENTINEL-' + mission, producttype, as_time(start), as_time(end),
                      as_time(published), int(size), int(orbit),
                      None if timeliness == '-' else timeliness,
-                     typed_geometry(words[0], words[1:]) if words != ['-'] else None)
+                     typed_geometry(words[0], ' '.join(words[1:])) if words != ['-'] else None)
 
 
 # Real products: ids, names, times, sizes and footprints as the service gave them in 2024, the
@@ -277,12 +276,6 @@ S5P_NRTI_L2__CLOUD__20240301T000248_20240301T000748_33065_03_020601_20240301T005
 MultiPolygon 180,45.2 176,43.3 172.4,47.8 167.2,52.9 158.8,58.8 164.2,61.8 171.2,64.6 180,66.7
 180,45.2 | -180,66.7 -159.5,68.1 -148.6,67.5 -149.6,49.7 -162.2,49.8 -180,45.2 -180,66.7
 
-9f3cd9db-235a-425c-ab6f-2b9a8d8afaf0
-S5P_NRTI_L2__CLOUD__20230722T125402_20230722T125902_29909_03_020500_20230722T134051.nc
-2023-07-22T12:53:57 2023-07-22T12:59:08 2023-07-22T13:49:07.661601 48458169
-Polygon -1.9,-19.1 0.5,-37.1 16,-33.6 29.5,-31.2 26.5,-24.2 22.9,-13.7 13.6,-14.9 6.4,-16.6
--1.9,-19.1
-
 f6e4d82c-250f-45c2-9ee8-bc9fabfea279
 S5P_OFFL_L2__CLOUD__20230915T132336_20230915T150505_30690_03_020500_20230917T052008.nc
 2023-09-15T13:45:10 2023-09-15T14:43:34 2023-09-17T05:54:50.400021 525603414
@@ -295,12 +288,6 @@ S5P_NRTI_L2__CO_____20240102T033326_20240102T033826_32230_03_020600_20240102T052
 2024-01-02T03:33:21 2024-01-02T03:38:32 2024-01-02T05:36:31.201809 18379399
 Polygon 101.4,61.2 111.2,55.7 121.1,46.4 140.7,53.1 157.7,53.1 159.6,70.8 127,70.7 112.8,67.4
 101.4,61.2
-
-1f26f05c-2ed7-4bc7-a26c-664c1676238a
-S5P_NRTI_L2__CO_____20230623T220849_20230623T221349_29503_03_020500_20230623T224716.nc
-2023-06-23T22:08:43 2023-06-23T22:13:56 2023-06-23T22:58:23.518073 18568248
-Polygon -141.3,-11.6 -138.5,-29.7 -129.3,-27.1 -122.9,-25.6 -111.8,-24 -114.3,-16.9 -117.4,-6.2
--128.5,-7.5 -141.3,-11.6
 
 ac472119-a5b2-4f75-acc2-ee7f23f01410
 S5P_NRTI_L2__HCHO___20240102T033326_20240102T033826_32230_03_020601_20240102T052911.nc
@@ -362,12 +349,6 @@ S5P_NRTI_L2__O3_____20240102T051826_20240102T052326_32231_03_020601_20240102T070
 2024-01-02T05:18:20 2024-01-02T05:22:56 2024-01-02T07:16:01.118109 9692795
 Polygon 55.1,67.1 83.9,57 94.3,62 113.5,65.7 133.2,65.3 144.6,80.7 91.6,81 63.7,75 55.1,67.1
 
-2e600202-211f-4002-82fd-26eaee48c406
-S5P_RPRO_L2__O3_____20180430T070451_20180430T084820_02822_01_010000_20180605T215159.nc
-2018-04-30T07:27:26 2018-04-30T08:25:49 2023-05-10T12:08:46.137766 256832578
-Polygon -71,51.9 30.8,62.2 65.8,22.2 94.3,-85.1 149.3,-79 105,-26.3 89.6,57.2 106.5,82.4
-180,86.4 180,90 -180,90 -180,86.4 -131.8,82.9 -71,51.9
-
 ffa9dc1c-fb17-4324-b616-22e8e376e788
 S5P_RPRO_L2__O3_TCL_20180430T105025_20180506T131803_02867_03_020401_20230329T120928.nc
 2018-04-30T10:50:25 2018-05-06T13:18:03 2023-04-29T08:41:14.124733 1072903
@@ -406,12 +387,6 @@ S5P_NRTI_L2__SO2____20230722T164402_20230722T164902_29911_03_020500_20230722T183
 2023-07-22T16:43:56 2023-07-22T16:49:09 2023-07-22T18:46:20.160840 118840499
 Polygon -111.7,66.3 -97.3,62.1 -82.9,53.7 -55.8,61.6 -38.6,61.3 -30.2,78.9 -78.9,78.8
 -101.4,73.9 -111.7,66.3
-
-36ddb129-31e3-4434-ae81-0101be9b0b6c
-S5P_NRTI_L2__SO2____20240410T191656_20240410T192156_33644_03_020601_20240410T195701.nc
-2024-04-10T19:16:51 2024-04-10T19:22:02 2024-04-10T20:05:12.340601 117530264
-Polygon -103.2,15.7 -98.6,-2.2 -88.4,1.3 -83,2.4 -74.9,3.1 -78.3,21.1 -89.7,20.4 -95.3,18.9
--103.2,15.7
 
 76a8b976-2f2c-4792-a28c-b8a3ca329727
 S5P_OPER_AUX_CTMANA_20231024T000000_20231025T000000_20231101T133927.nc
@@ -469,13 +444,6 @@ S3A_SR_2_WAT____20171231T233317_20180101T001838_20180126T191321_2721_026_158____
 MultiLineString 1.3,-70.1 0,-69.3 | 0,-69.3 -12,-54.9 -34.1,24.9 -43.8,53.2 -63.8,73.3
 -83.7,78.8 -124,81.4
 
-6519e3ca-6a47-5f55-8f78-ba772cf4b73f
-S3A_SR_2_WAT____20171230T235920_20171231T004449_20180125T182547_2729_026_144______MAR_O_NT_003.SEN3
-2017-12-30T23:59:19.623106 2017-12-31T00:44:49.496898 2018-01-25T18:43:17.973000
-58197165 SR_2_WAT___ 9742 NT
-LineString -4.6,-70.5 -18.4,-55.3 -24.3,-41.3 -28.5,-27.1 -41.1,26.5 -45.3,40.8 -51.2,54.8
--55.6,61.7 -62.3,68.5 -74,74.8 -83.7,77.5 -98.2,79.8 -130.7,81.4
-
 4d7288ab-5f73-4dcb-a8eb-825d8efd3ecd
 S6A_P4_2__LR______20240225T015518_20240225T025131_20240226T073654_3373_121_117_058_EUM__OPE_ST_F08.SEN6
 2024-02-25T01:55:18.533782 2024-02-25T02:51:31.456985 2024-02-26T08:04:58.504268
@@ -494,22 +462,27 @@ MultiPolygon 180,61.1 170.6,63.9 141.3,65.5 141.3,66.4 170.9,64.9 180,62.1 180,6
 
 # ---- made-up products and their content
 
+TILT, TURN = 98.7, 25.4 / 360       # of an orbit, and of the earth below a degree along it
+
+
+def place_of(u, v, node):
+    """[lon, lat] u degrees along an orbit from where it crosses the equator, v to the left."""
+    x, y, z = cos(radians(v)) * cos(radians(u)), cos(radians(v)) * sin(radians(u)), sin(radians(v))
+    y, z = (y * cos(radians(TILT)) - z * sin(radians(TILT)),
+            y * sin(radians(TILT)) + z * cos(radians(TILT)))
+    lon = degrees(atan2(y, x)) + node
+    return [round((lon + 180) % 360 - 180, 6), round(degrees(asin(z)), 6)]
+
+
 @functools.lru_cache(maxsize=None)
 def half_orbit_at_greenwich(points):
     """(longitude, latitude) around the daylight half of an orbit that crosses the equator at 0.
 
     1300 km to either side of the track; as in the product files the ring is not cut anywhere."""
-    tilt, half, turn = math.radians(98.7), math.radians(11.7), 25.4 / 360
     reach, along = (100 if points > 20 else 70), (points - 1) // 2
-
-    def place(side, arc):
-        u = math.radians(arc)
-        track = (math.cos(u), math.cos(tilt) * math.sin(u), math.sin(tilt) * math.sin(u))
-        left = (0, -math.sin(tilt), math.cos(tilt))
-        x, y, z = (math.cos(half) * t + side * math.sin(half) * p for t, p in zip(track, left))
-        return math.degrees(math.atan2(y, x)) - arc * turn, round(math.degrees(math.asin(z)), 4)
     arcs = [reach * (2 * k / (along - 1) - 1) for k in range(along)]
-    ring = [place(-1, arc) for arc in arcs] + [place(1, arc) for arc in reversed(arcs)]
+    ring = [place_of(arc, -11.7, -arc * TURN) for arc in arcs]
+    ring += [place_of(arc, 11.7, -arc * TURN) for arc in reversed(arcs)]
     return ring + ring[:1]
 
 
@@ -517,7 +490,8 @@ def half_orbit(middle, points):
     """The outline of an orbit that crosses the equator at `middle`, at 13:30 local time."""
     east = 15 * (13.5 - middle.hour - middle.minute / 60 - middle.second / 3600)
     return {'type': 'Polygon', 'coordinates': [[
-        [round((x + east + 180) % 360 - 180, 4), y] for x, y in half_orbit_at_greenwich(points)]]}
+        [round((x + east + 180) % 360 - 180, 4), round(y, 4)]
+        for x, y in half_orbit_at_greenwich(points)]]}
 
 
 class MadeProducts(collections.abc.Sequence):
@@ -653,6 +627,10 @@ class Answer:
         self.blocks = [b''.join(self.blocks)]
         return self.blocks[0]
 
+    @body.setter
+    def body(self, data):
+        self.blocks, self.length = [data], len(data)
+
     def keep(self, count):
         """Only the first `count` bytes will be sent."""
         self.blocks = first_bytes(self.blocks, count)
@@ -707,18 +685,18 @@ def not_allowed(space, request):
     return Answer(status=405)
 
 
-def records_of_page(space, request, matches, skip, most):
+def records_of_page(space, request, condition, order, skip, most):
     """The records of a page, and how many to skip for the next one, or None."""
     trick = request.trick.get('kind')
     if trick == 'empty-page':
         return [], skip
     most = max(1, most // 2) if trick == 'short-page' else min(most, space.page_limit or most)
     first = 0 if trick == 'repeat' else skip
-    places = matches.first(first + most + 1)[first:]
-    records = [space.records[place] for place in places[:most]]
+    found = list(itertools.islice(space.passing(condition, *order), first, first + most + 1))
+    records = found[:most]
     if trick == 'repeat':
         return records, skip if request.trick.get('same_link') else skip + len(records)
-    return records, skip + most if len(places) > most > 0 else None
+    return records, skip + most if len(found) > most > 0 else None
 
 
 # ---- OData
@@ -728,6 +706,9 @@ class Condition(typing.NamedTuple):
     test: object
     low: str = ''
     high: str = '~'
+
+
+EVERYTHING = Condition(lambda record: True)
 
 
 def all_of(needs):
@@ -743,18 +724,13 @@ def any_of(options):
 COMPARE = {'eq': operator.eq, 'ge': operator.ge, 'gt': operator.gt, 'le': operator.le,
            'lt': operator.lt}
 COLLECTIONS = ('SENTINEL-1', 'SENTINEL-2', 'SENTINEL-3', 'SENTINEL-5P', 'SENTINEL-6')
-TIMES = {'ContentDate/Start': 'start', 'ContentDate/End': 'end', 'PublicationDate': 'published',
-         'ModificationDate': 'published', 'OriginDate': 'published'}
-TEXT_TESTS = {'startswith': str.startswith, 'endswith': str.endswith, 'contains': str.__contains__}
+TIMES = {'ContentDate/Start': 'start', 'ContentDate/End': 'end', 'PublicationDate': 'published'}
 ATTRIBUTES = collections.OrderedDict((
     ('productType', lambda r: r.producttype),
     ('orbitNumber', lambda r: r.orbit),
     ('timeliness', lambda r: r.timeliness),
     ('platformShortName', lambda r: r.collection),
-    ('processingMode', lambda r: r.stream),
-    ('processingLevel', lambda r: r.stream and r.producttype[:3].rstrip('_')),
-    ('processorVersion', lambda r: r.stream and r.name[61:67].lstrip('0')),
-    ('baselineCollection', lambda r: r.stream and r.name[58:60])))
+    ('processingMode', lambda r: r.stream)))
 
 
 def unquoted(text):
@@ -774,24 +750,18 @@ def collection_condition(text):
     return Condition(lambda record: record.collection == unquoted(text))
 
 
-def text_condition(word, text):
-    return Condition(lambda record: TEXT_TESTS[word](record.name, unquoted(text)))
-
-
-def attribute_condition(kind, _, name, word, text):
-    wanted, compare = unquoted(text) if text[0] == "'" else float(text), COMPARE[word]
-    if (kind == 'String') != isinstance(wanted, str) or name not in ATTRIBUTES:
+def attribute_condition(_, name, text):
+    if name not in ATTRIBUTES:
         raise BadRequest('Invalid attribute: %s' % name)
-    known = ATTRIBUTES[name]
-    return Condition(lambda record: known(record) is not None and compare(known(record), wanted))
+    return Condition(lambda record: ATTRIBUTES[name](record) == unquoted(text))
 
 
 def area_condition(text):
-    found = re.match(r'SRID=4326;(POINT|POLYGON) ?\(+([-+.\deE, ]+)\)+$', text)
+    found = re.match(r'SRID=4326;POLYGON ?\(\(([-+.\deE, ]+)\)\)$', text)
     if not found:
         raise BadRequest('Invalid geography value: %s' % text)
-    points = [[float(number) for number in pair.split()] for pair in found.group(2).split(',')]
-    if found.group(1) == 'POLYGON' and (points[0] != points[-1] or len(points) < 4):
+    points = [[float(number) for number in pair.split()] for pair in found.group(1).split(',')]
+    if points[0] != points[-1] or len(points) < 4:
         raise BadRequest('Points of LinearRing do not form a closed linestring')
     return Condition(lambda record: meets_box(record.footprint, bounding_box(points)))
 
@@ -800,17 +770,14 @@ QUOTED = r"'(?:[^']|'')*'"
 ATOMS = (
     (r"Collection/Name eq (%s)" % QUOTED, collection_condition),
     (r"Name eq (%s)" % QUOTED, lambda text: Condition(lambda r: r.name == unquoted(text))),
-    (r"Online eq (true|false)", lambda text: Condition(lambda r: r.online == (text == 'true'))),
-    (r"(startswith|endswith|contains)\(Name, ?(%s)\)" % QUOTED, text_condition),
     (r"(%s) (eq|ge|gt|le|lt) ([\d:TZ.+-]+)" % '|'.join(TIMES), time_condition),
-    (r"Attributes/OData\.CSC\.(\w+)Attribute/any\((\w+): ?\2/Name eq '(\w+)' and "
-     r"\2/OData\.CSC\.\1Attribute/Value (eq|ge|gt|le|lt) (%s|[-\d.]+)\)" % QUOTED,
-     attribute_condition),
+    (r"Attributes/OData\.CSC\.StringAttribute/any\((\w+): ?\1/Name eq '(\w+)' and "
+     r"\1/OData\.CSC\.StringAttribute/Value eq (%s)\)" % QUOTED, attribute_condition),
     (r"OData\.CSC\.Intersects\(area=geography'([^']*)'\)", area_condition))
 
 
 class FilterText:
-    """The $filter grammar by recursive descent: or, and, not, parentheses, atoms."""
+    """The $filter grammar by recursive descent: or, and, parentheses, atoms."""
 
     def __init__(self, text):
         self.rest = text.strip()
@@ -821,10 +788,13 @@ class FilterText:
         return found
 
     def parse(self):
-        whole = self.chain('or', any_of, lambda: self.chain('and', all_of, self.single))
+        whole = self.either()
         if self.rest:
             raise BadRequest('Invalid field: %s' % self.rest.split()[0])
         return whole
+
+    def either(self):
+        return self.chain('or', any_of, lambda: self.chain('and', all_of, self.single))
 
     def chain(self, word, combine, part):
         links = [part()]
@@ -833,11 +803,8 @@ class FilterText:
         return combine(links)
 
     def single(self):
-        if self.take(r'not\b\s*'):
-            inner = self.single()
-            return Condition(lambda record: not inner.test(record))
         if self.take(r'\(\s*'):
-            inner = self.chain('or', any_of, lambda: self.chain('and', all_of, self.single))
+            inner = self.either()
             if not self.take(r'\s*\)'):
                 raise BadRequest('Invalid filter: ) is missing')
             return inner
@@ -878,7 +845,7 @@ ODATA_FIELDS = collections.OrderedDict((
     ('OriginDate', lambda space, r: r.published),
     ('PublicationDate', lambda space, r: r.published),
     ('ModificationDate', lambda space, r: r.published),
-    ('Online', lambda space, r: r.online),
+    ('Online', lambda space, r: True),
     ('EvictionDate', lambda space, r: '9999-12-31T23:59:59.999999Z'),
     ('S3Path', lambda space, r: s3_path(r)),
     ('Checksum', odata_checksums),
@@ -930,7 +897,7 @@ def odata_number(request, name, default, most):
 def odata_page(space, request):
     """A page of products.  The next link ends where $skip would pass 10000."""
     for name, value in request.pairs:
-        if name not in ('$filter', '$orderby', '$top', '$skip', '$count', '$expand', '$select'):
+        if name not in ('$filter', '$orderby', '$top', '$skip', '$expand', '$select'):
             raise BadRequest('Invalid query parameter: %s' % name)
         if name == '$expand' and value not in ('Attributes', 'Assets', 'Locations'):
             raise BadRequest('Invalid $expand value: %s' % value)
@@ -938,13 +905,11 @@ def odata_page(space, request):
     order = re.match(r'(%s|)( asc| desc|)$' % '|'.join(TIMES), request.query.get('$orderby', ''))
     if not order:
         raise BadRequest('Invalid $orderby value: %s' % request.query['$orderby'])
-    text = request.query.get('$filter') or 'Online eq true or Online eq false'
-    matches = space.matches(text, FilterText(text).parse(), TIMES.get(order.group(1), 'id'),
-                            order.group(2) == ' desc')
-    records, following = records_of_page(space, request, matches, skip, top)
+    text = request.query.get('$filter')
+    condition = FilterText(text).parse() if text else EVERYTHING
+    order = TIMES.get(order.group(1), 'id'), order.group(2) == ' desc'
+    records, following = records_of_page(space, request, condition, order, skip, top)
     page = odata_context(request)
-    if request.query.get('$count', '').lower() == 'true':
-        page['@odata.count'] = matches.count()
     page['value'] = [odata_product(space, request, record) for record in records]
     if following is not None and following <= 10000:
         page['@odata.nextLink'] = request.link({'$top': top, '$skip': following})
@@ -987,22 +952,19 @@ def logout_endpoint(space, request):
 class Tokens:
     """Who holds which token, and until when by the clock of the stand-in."""
 
-    def __init__(self, clock, users, totp, expires_in, refresh_expires_in, login_status,
-                 revoke_on_refresh):
+    def __init__(self, clock, users, totp, expires_in, refresh_expires_in):
         self.clock, self.users, self.totp = clock, users, totp
         self.expires_in, self.refresh_expires_in = expires_in, refresh_expires_in
-        self.login_status, self.revoke_on_refresh = login_status, revoke_on_refresh
         self.lock = threading.Lock()
         self.access, self.renewal = {}, {}          # token: (session, end)
-        self.made = self.logins = self.refreshes = self.logouts = self.refused = 0
+        self.made = self.logins = self.refreshes = self.logouts = 0
 
     def login(self, fields):
         code = self.totp() if callable(self.totp) else self.totp
         with self.lock:
             if (fields.get('username'), fields.get('password')) not in self.users.items() or (
                     code and fields.get('totp') != code):
-                self.refused += 1
-                return oauth_error(self.login_status, 'invalid_grant', 'Invalid user credentials')
+                return oauth_error(401, 'invalid_grant', 'Invalid user credentials')
             self.logins += 1
             return self.give('session-%d' % self.logins)
 
@@ -1012,8 +974,6 @@ class Tokens:
             if session is None or end <= self.clock():
                 return oauth_error(400, 'invalid_grant', 'Token is not active')
             self.refreshes += 1
-            if self.revoke_on_refresh:
-                self.drop(session)
             return self.give(session)
 
     def logout(self, text):
@@ -1022,23 +982,19 @@ class Tokens:
             if session is None:
                 return oauth_error(400, 'invalid_grant', 'Invalid refresh token')
             self.logouts += 1
-            self.drop(session)
+            self.access = {text: held for text, held in self.access.items() if held[0] != session}
             return Answer(status=204)
-
-    def drop(self, session):
-        for text in [text for text, (owner, _) in self.access.items() if owner == session]:
-            del self.access[text]
 
     def give(self, session):
         self.made += 1
         access, renewal = ('eyJ.%s.%s.%d' % (kind, session, self.made) for kind in 'ar')
         self.access[access] = session, self.clock() + self.expires_in
-        self.renewal[renewal] = session, self.clock() + (self.refresh_expires_in or 3600)
-        fields = {'access_token': access, 'expires_in': self.expires_in,
-                  'refresh_expires_in': self.refresh_expires_in, 'refresh_token': renewal,
-                  'token_type': 'Bearer', 'not-before-policy': 0, 'session_state': session,
-                  'scope': 'AUDIENCE_PUBLIC openid email profile ondemand_processing user-context'}
-        return json_answer({name: value for name, value in fields.items() if value is not None})
+        self.renewal[renewal] = session, self.clock() + self.refresh_expires_in
+        return json_answer({
+            'access_token': access, 'expires_in': self.expires_in, 'refresh_token': renewal,
+            'refresh_expires_in': self.refresh_expires_in, 'token_type': 'Bearer',
+            'not-before-policy': 0, 'session_state': session,
+            'scope': 'AUDIENCE_PUBLIC openid email profile ondemand_processing user-context'})
 
     def refusal(self, header):
         """The answer to a missing, foreign or old bearer token; None for a good one."""
@@ -1117,10 +1073,6 @@ def resto_invalid(names, text):
     return Refused(resto_refusal(400, 'Validation error.', [{'loc': names, 'msg': text}]))
 
 
-def field_is(name):
-    return lambda text: Condition(lambda record: getattr(record, name) == text)
-
-
 def resto_box(text):
     box = [float(number) for number in text.split(',')]
     return Condition(lambda record: meets_box(record.footprint, box))
@@ -1132,37 +1084,15 @@ def resto_geometry(text):
     return Condition(lambda record: meets_box(record.footprint, box))
 
 
-def resto_orbit(text):
-    found = re.match(r'\[?(\d+)(?:,(\d+)([\[\]]))?$', text)
-    if not found:
-        raise BadRequest("Proper value types for specified attribute query parameters are: "
-                         "'orbitNumber'-integer")
-    low, high, edge = found.groups()
-    return Condition(lambda r: int(low) <= r.orbit <= int(high or low) - (edge == '['))
-
-
-def resto_status(text):
-    if text not in ('ONLINE', 'OFFLINE', 'ALL'):
-        raise BadRequest("Input should be 'ONLINE', 'OFFLINE' or 'ALL'.")
-    return Condition(lambda record: text == 'ALL' or record.online == (text == 'ONLINE'))
-
-
 # A product is found if it lies within startDate and completionDate: containment, not overlap.
 RESTO_TESTS = {
     'startDate': lambda text: Condition(lambda r: r.start >= as_time(text), low=as_time(text)),
     'completionDate': lambda text: Condition(lambda r: r.end <= as_time(text), high=as_time(text)),
-    'publishedAfter': lambda text: Condition(lambda r: r.published >= as_time(text)),
-    'publishedBefore': lambda text: Condition(lambda r: r.published <= as_time(text)),
-    'productType': field_is('producttype'), 'identifier': field_is('id'),
-    'timeliness': field_is('timeliness'), 'orbitNumber': resto_orbit, 'status': resto_status,
-    'productIdentifier': lambda text: Condition(lambda record: s3_path(record) == text),
+    'productType': lambda text: Condition(lambda record: record.producttype == text),
     'box': resto_box, 'geometry': resto_geometry}
-RESTO_IGNORED = set(
-    'maxRecords page index sortParam sortOrder exactCount processingLevel platform instrument '
-    'sensorMode relativeOrbitNumber orbitDirection processingBaseline cloudCover lon lat radius '
-    'published updated'.split())
-RESTO_ORDER = {'startDate': 'start', 'completionDate': 'end', 'published': 'published',
-               'updated': 'published', None: 'id'}
+RESTO_NUMBERS = ('maxRecords', 20, 2000), ('page', 1, None), ('index', 1, 10001)
+RESTO_NAMES = set(RESTO_TESTS) | set('maxRecords page index sortParam sortOrder'.split())
+RESTO_ORDER = {'startDate': 'start', 'completionDate': 'end', None: 'id'}
 
 
 def resto_retired(space, request):
@@ -1180,8 +1110,7 @@ def resto_retired(space, request):
 
 
 def resto_condition(request, collection):
-    unknown = [name for name in request.query
-               if name not in RESTO_IGNORED and name not in RESTO_TESTS]
+    unknown = sorted(set(request.query) - RESTO_NAMES)
     if unknown:
         raise Refused(resto_refusal(400, 'Unknown query parameter(s).', {
             'loc': unknown, 'msg': 'Query parameters do not exist.'}))
@@ -1197,7 +1126,7 @@ def resto_condition(request, collection):
 def resto_numbers(query):
     """How many to skip, and maxRecords."""
     numbers = {}
-    for name, default, high in (('maxRecords', 20, 2000), ('page', 1, None), ('index', 1, 10001)):
+    for name, default, high in RESTO_NUMBERS:
         text = query.get(name, str(default))
         if not text.isdigit():
             raise resto_invalid([name], 'Input should be a valid integer.')
@@ -1207,9 +1136,7 @@ def resto_numbers(query):
     skip = (numbers['page'] - 1) * numbers['maxRecords'] + numbers['index'] - 1
     if not 0 <= skip <= 10000:
         raise resto_invalid(['page', 'maxRecords', 'index'], (
-            "The '(page - 1) * maxRecords + index - 1' should be less than 10000. By default, "
-            "'maxRecords' is set to 20, while both 'page' and 'index' are set to 1 if not "
-            "specified."))
+            "The '(page - 1) * maxRecords + index - 1' should be less than 10000."))
     return skip, numbers['maxRecords']
 
 
@@ -1225,18 +1152,12 @@ def resto_search(space, request):
     query, condition = request.query, resto_condition(request, collection)
     skip, most = resto_numbers(query)
     if query.get('sortParam') not in RESTO_ORDER:
-        raise resto_invalid(['sortParam'], 'Input should be startDate, completionDate, published '
-                                           'or updated.')
-    asked = {name: value for name, value in request.pairs if name in RESTO_TESTS}
-    asked['collection'] = collection
-    matches = space.matches(json.dumps(asked), condition, RESTO_ORDER[query.get('sortParam')],
-                            query.get('sortOrder') == 'descending')
-    records, following = records_of_page(space, request, matches, skip, most)
-    exact = query.get('exactCount') == '1'
+        raise resto_invalid(['sortParam'], 'Input should be startDate or completionDate.')
+    order = RESTO_ORDER[query.get('sortParam')], query.get('sortOrder') == 'descending'
+    records, following = records_of_page(space, request, condition, order, skip, most)
     return json_answer({'type': 'FeatureCollection', 'properties': {
-        'id': NO_TRACE, 'totalResults': matches.count() if exact else None,
-        'exactCount': int(exact), 'startIndex': skip + 1, 'itemsPerPage': most,
-        'query': {'originalFilters': asked, 'appliedFilters': asked, 'processingTime': 0.016},
+        'id': NO_TRACE, 'totalResults': None, 'exactCount': 0,
+        'startIndex': skip + 1, 'itemsPerPage': most,
         'links': list(resto_links(request, most, skip, following))},
         'features': [resto_feature(space, request, record) for record in records]})
 
@@ -1244,7 +1165,7 @@ def resto_search(space, request):
 def resto_links(request, most, skip, following):
     pages = [('self', {})]
     if skip:
-        pages += [('previous', {'page': max(1, skip // most)}), ('first', {'page': 1})]
+        pages.append(('first', {'page': 1}))
     if following is not None and following <= 10000:
         even = following % most == 0 and 'index' not in request.query
         pages.append(('next', {'page': following // most + 1} if even else
@@ -1255,28 +1176,19 @@ def resto_links(request, most, skip, following):
 
 def resto_feature(space, request, record):
     """A product as OpenSearch wrote it."""
-    version = record.name[61:67] if record.stream else ''
     return {'type': 'Feature', 'id': record.id, 'geometry': record.footprint, 'properties': {
-        'collection': record.collection, 'status': 'ONLINE' if record.online else 'OFFLINE',
+        'collection': record.collection, 'status': 'ONLINE',
         'license': {'licenseId': 'unlicensed', 'hasToBeSigned': 'never', 'viewService': 'public',
                     'signatureQuota': -1, 'description': {'shortName': 'No license'}},
         'productIdentifier': s3_path(record), 'parentIdentifier': None, 'title': record.name,
-        'description': 'The Copernicus Sentinel missions', 'organisationName': None,
         'startDate': record.start, 'completionDate': record.end,
         'productType': record.producttype, 'processingLevel': '', 'platform': record.name[:3],
-        'instrument': None, 'resolution': 0, 'sensorMode': None, 'orbitNumber': record.orbit,
-        'quicklook': None, 'thumbnail': None, 'updated': record.published,
-        'published': record.published, 'snowCover': 0, 'cloudCover': 0, 'gmlgeometry': None,
-        'centroid': {'type': None, 'coordinates': None}, 'orbitDirection': None,
+        'orbitNumber': record.orbit, 'updated': record.published, 'published': record.published,
+        'cloudCover': 0, 'centroid': {'type': None, 'coordinates': None},
         'timeliness': record.timeliness, 'relativeOrbitNumber': 0,
-        'processingBaseline': float(version) if version.isdigit() else 0,
         'services': {'download': {
             'url': '%s/download/%s' % (request.base, record.id),
-            'mimeType': 'application/octet-stream', 'size': space.stated_size(record)}},
-        'links': [{
-            'rel': 'self', 'type': 'application/json', 'title': 'GeoJSON link for ' + record.id,
-            'href': '%s/resto/collections/%s/%s.json' % (
-                request.base, record.collection, record.id)}]}}
+            'mimeType': 'application/octet-stream', 'size': space.stated_size(record)}}}}
 
 
 # ---- STAC, as stac-fastapi with pgstac answers
@@ -1285,7 +1197,7 @@ TYPES_5P = (
     'L2__AER_AI', 'L2__AER_LH', 'L2__CH4___', 'L2__CLOUD_', 'L2__CO____', 'L2__HCHO__',
     'L2__NO2___', 'L2__NP_BD3', 'L2__NP_BD6', 'L2__NP_BD7', 'L2__O3____', 'L2__O3_TCL',
     'L2__O3__PR', 'L2__SO2___') + tuple('L1B_RA_BD%d' % band for band in range(1, 9))
-BAND = typed_geometry('Polygon', '180,-20 -180,-20 -180,20 180,20 180,-20'.split())
+BAND = typed_geometry('Polygon', '180,-20 -180,-20 -180,20 180,20 180,-20')
 
 
 def stac_type(producttype, stream):
@@ -1353,10 +1265,6 @@ def stac_assets(space, request, record):
     return {'netcdf': asset}
 
 
-def stac_error(status, code, text):
-    return json_answer({'code': code, 'description': text}, status)
-
-
 def stac_document(request, name, producttypes):
     return {'type': 'Collection', 'stac_version': '1.1.0', 'id': name, 'title': name,
             'description': 'This Collection provides ' + name, 'license': 'other',
@@ -1372,33 +1280,19 @@ def stac_collections(space, request):
                         'links': []})
 
 
-def stac_one(space, request):
-    name, known = request.names[0], space.stac_collections()
-    if name not in known:
-        return stac_error(404, 'NotFoundError', 'Collection %s does not exist.' % name)
-    return json_answer(stac_document(request, name, known[name]))
-
-
 FIRST_PAGE = 'bmV4dDow'             # next:0 in base64
 
 
 def stac_search(space, request):
     """A page of /v1/search, asked by GET or POST."""
-    try:
-        search = json.loads(request.body.decode()) if request.method == 'POST' else request.query
-        limit = int(search.get('limit', 10))
-    except ValueError as error:
-        return stac_error(400, 'RequestValidationError', str(error))
-    try:
-        skip = int(base64.urlsafe_b64decode(search.get('token', FIRST_PAGE)).decode()[5:])
-    except ValueError:
-        return Answer(b'Internal Server Error', 500, 'text/plain; charset=utf-8')
+    search = json.loads(request.body.decode()) if request.method == 'POST' else request.query
+    skip = int(base64.urlsafe_b64decode(search.get('token', FIRST_PAGE)).decode()[5:])
+    limit = int(search.get('limit', 10))
     tests = [Condition(lambda record: stac_collection(record) is not None)]
     tests += [STAC_TESTS[name](search[name]) for name in sorted(STAC_TESTS) if search.get(name)]
-    text = json.dumps([search.get(name) for name in sorted(STAC_TESTS)])
-    matches = space.matches(text, all_of(tests), *stac_order(search.get('sortby')))
-    records, following = records_of_page(space, request, matches, skip, limit)
-    items = [chosen_fields(stac_item(space, request, record), search.get('fields'))
+    records, following = records_of_page(space, request, all_of(tests),
+                                         stac_order(search.get('sortby')), skip, limit)
+    items = [without(stac_item(space, request, record), search.get('fields'))
              for record in records]
     links = [{'rel': 'self', 'href': request.base + request.target}]
     if following is not None:
@@ -1408,7 +1302,7 @@ def stac_search(space, request):
 
 
 def stac_next(space, request, search, following):
-    """The next link: by GET, or by POST with the whole body where asked so or told so."""
+    """The next link: by GET, or by POST with the whole body."""
     word = base64.urlsafe_b64encode(b'next:%d' % following).decode()
     link = {'rel': 'next', 'type': 'application/geo+json'}
     if request.method == 'GET' and space.stac_next == 'GET':
@@ -1441,53 +1335,35 @@ def stac_area(value):
         stac_geometry(record), box)) for line in lines])
 
 
-def stac_filter(value):
-    """product:type = 'X', in cql2-text or cql2-json; with `and` where there are more."""
-    if isinstance(value, dict):
-        needs = value['args'] if value['op'] == 'and' else [value]
-        pairs = [(need['args'][0]['property'], need['args'][1]) for need in needs]
-    else:
-        pairs = re.findall(r"\"?([\w:.]+)\"?\s*=\s*'([^']*)'", value)
-    if {name.replace('properties.', '') for name, _ in pairs} != {'product:type'}:
-        raise BadRequest('Filter not understood by the stand-in: %s' % value)
-    return Condition(lambda record: all(record.producttype == wanted for _, wanted in pairs))
+def stac_filter(text):
+    """product:type = 'X', in cql2-text."""
+    found = re.match(r"\"?product:type\"?\s*=\s*(%s)$" % QUOTED, text)
+    if not found:
+        raise BadRequest('Filter not understood by the stand-in: %s' % text)
+    return Condition(lambda record: record.producttype == unquoted(found.group(1)))
 
 
 STAC_TESTS = {
     'collections': lambda value: Condition(lambda r: stac_collection(r) in as_list(value)),
-    'ids': lambda value: Condition(lambda record: stac_id(record) in as_list(value)),
     'datetime': stac_period, 'bbox': stac_box, 'intersects': stac_area, 'filter': stac_filter}
-STAC_ORDER = {'datetime': 'start', 'start_datetime': 'start', 'end_datetime': 'end',
-              'id': 'name', 'published': 'published'}
 
 
 def stac_order(sortby):
-    """The field, and whether descending; the newest first where nothing is asked."""
+    """By start; descending or not, the newest first where nothing is asked."""
     if isinstance(sortby, list):
         sortby = ('-' if sortby[0].get('direction') == 'desc' else '') + sortby[0]['field']
-    sortby = (sortby or '-datetime').split(',')[0]
-    name = sortby.lstrip('+- ').replace('properties.', '')
-    if name not in STAC_ORDER:
-        raise BadRequest('Sort field not understood by the stand-in: %s' % name)
-    return STAC_ORDER[name], sortby.startswith('-')
+    if not re.match(r'[+ -]?(properties\.)?(start_)?datetime$', sortby or 'datetime'):
+        raise BadRequest('Sort field not understood by the stand-in: %s' % sortby)
+    return 'start', (sortby or '-').startswith('-')
 
 
-def chosen_fields(item, fields):
-    """The item with the fields asked: `a.b` keeps only these, `-a.b` leaves these out."""
-    if isinstance(fields, dict):
-        fields = fields.get('include', []) + ['-' + name for name in fields.get('exclude', [])]
-    kept, names = {}, as_list(fields or [])
-    wanted = [name.lstrip('+ ') for name in names if not name.startswith('-')]
-    for name in wanted and wanted + ['id', 'collection']:
-        outer, _, inner = name.partition('.')
-        if not inner and outer in item:
-            kept[outer] = item[outer]
-        elif inner in item.get(outer, ()):
-            kept.setdefault(outer, {})[inner] = item[outer][inner]
-    item = kept or item
-    for name in (name[1:] for name in names if name.startswith('-')):
-        outer, _, inner = name.partition('.')
-        (item.get(outer, {}) if inner else item).pop(inner or outer, None)
+def without(item, fields):
+    """The item without the fields `-a.b`; to choose fields is not understood here."""
+    for name in as_list(fields or []):
+        sign, outer, inner = re.match(r'(-?)(\w+)\.(.+)$', name).groups()
+        if not sign:
+            raise BadRequest('Fields not understood by the stand-in: %s' % name)
+        item[outer].pop(inner, None)
     return item
 
 
@@ -1498,7 +1374,6 @@ ROUTES = (
     ('odata', ('GET',), r'/odata/v1/Products', odata_page),
     ('opensearch', ('GET',), r'/resto/api/collections(?:/([^/]+))?/search\.json', resto_search),
     ('stac', ('GET', 'POST'), r'/v1/search', stac_search),
-    ('stac', ('GET',), r'/v1/collections/([^/]+)', stac_one),
     ('stac', ('GET',), r'/v1/collections', stac_collections),
     ('token', ('POST',), AUTH + 'token', token_endpoint),
     ('logout', ('POST',), AUTH + 'logout', logout_endpoint),
@@ -1590,22 +1465,19 @@ def fault_other_page(space, request, respond, detail):
             'json': zip_problem(200, 500, 'Internal error')}[detail['kind']]
 
 
-@fault('fin', 'rst', 'stall-body')
+@fault('fin', 'rst', 'stall-body', 'drop', 'stall-headers')
 def fault_end(space, request, respond, detail):
-    """The connection ends, or falls silent, after `at` bytes of the body."""
-    answer = respond()
-    answer.keep(place_of_fault(answer, detail)).end = detail['kind']
-    return answer
-
-
-@fault('drop', 'stall-headers')
-def fault_silence(space, request, respond, detail):
-    answer = Answer(status=None)
+    """The connection ends, or falls silent, after `at` bytes of the body; or before the answer."""
+    if detail['kind'] in ('drop', 'stall-headers'):
+        answer = Answer(status=None)
+    else:
+        answer = respond()
+        answer.keep(place_of_fault(answer, detail))
     answer.end = detail['kind']
     return answer
 
 
-@fault('cut', 'cut-json')
+@fault('cut')
 def fault_cut(space, request, respond, detail):
     """Body and Content-Length end together after `at` bytes, so only the catalogue knows."""
     answer = respond()
@@ -1613,20 +1485,14 @@ def fault_cut(space, request, respond, detail):
     return answer.keep(answer.length)
 
 
-@fault('chunked', 'chunked-ok')
+@fault('chunked', 'chunked-ok', 'no-length')
 def fault_chunked(space, request, respond, detail):
-    """In chunks; the last of them is missing, or all is well."""
+    """In chunks; the last of them is missing, or all is well; or no length is told at all."""
     answer = respond()
-    answer.chunked = True
+    answer.chunked = detail['kind'] != 'no-length'
+    answer.length = answer.length if answer.chunked else None
     if detail['kind'] == 'chunked':
         answer.keep(place_of_fault(answer, detail)).end = 'fin'
-    return answer
-
-
-@fault('no-length')
-def fault_no_length(space, request, respond, detail):
-    answer = respond()
-    answer.length = None
     return answer
 
 
@@ -1635,60 +1501,77 @@ def fault_flip(space, request, respond, detail):
     answer = respond()
     body = bytearray(answer.body)
     body[place_of_fault(answer, detail)] ^= 1
-    answer.blocks = [bytes(body)]
+    answer.body = bytes(body)
     return answer
 
 
-@fault('zip')
+ZIPS = {        # the names in a zip; {} is the product's without extension
+    'zip': ('{}/{}.nc', '{}/{}.cdl'), 'two-files': ('a.nc', 'b.nc'), 'broken-zip': ('{}.nc',),
+    'flipped-zip': ('{}.nc',), 'zip-of-paths': ('../../out.nc',)}
+
+
+@fault(*ZIPS)
 def fault_zip(space, request, respond, detail):
-    """The file in a zip beside its .cdl, as S5P products came until the end of 2024."""
+    """The file in a zip, as S5P products came until the end of 2024; or one that is no good."""
     request.range = None
     answer = respond()
     if answer.record:
         packed, stem = io.BytesIO(), answer.record.stem
         with zipfile.ZipFile(packed, 'w') as archive:
-            archive.writestr('%s/%s.nc' % (stem, stem), answer.body)
-            archive.writestr('%s/%s.cdl' % (stem, stem), 'netcdf x {\n}\n')
-        answer.blocks, answer.length = [packed.getvalue()], len(packed.getvalue())
+            for name in ZIPS[detail['kind']]:
+                archive.writestr(name.format(stem, stem), answer.body)
+        answer.body = packed.getvalue()[:-40 if detail['kind'] == 'broken-zip' else None]
+        if detail['kind'] == 'flipped-zip':         # a byte in the middle of the file
+            answer.body = answer.body[:9999] + bytes([answer.body[9999] ^ 1]) + answer.body[10000:]
     return answer
 
 
-RANGE_FAULTS = ('ignore-range', 'wrong-range', '416')     # these wait for a request with Range
+RANGE_FAULTS = ('ignore-range', 'wrong-range', '416', 'headless-206', 'lying-range', 'blind-206')
 
 
-@fault(*RANGE_FAULTS)
+@fault('uninvited-206', *RANGE_FAULTS)          # all but the first wait for a request with Range
 def fault_range(space, request, respond, detail):
-    """The whole; the part that begins `by` bytes later, which it says; or a refusal."""
-    first = int(re.search(r'\d+', request.range).group())
-    request.range = {'ignore-range': None, '416': 'bytes=%d-' % (1 << 60),
-                     'wrong-range': 'bytes=%d-' % (first + detail.get('by', 100))}[detail['kind']]
-    return respond()
+    """The whole; the part `by` bytes later, which it says; a refusal; a part that says no range;
+    other bytes than it says; a part of a new object; or a part that nobody asked for."""
+    kind = detail['kind']
+    if kind == 'wrong-range':
+        first = int(re.search(r'\d+', request.range).group())
+        request.range = 'bytes=%d-' % (first + detail.get('by', 100))
+    elif kind == 'blind-206':
+        space.change(request.names[0])
+        del request.headers['If-Range']
+    else:
+        request.range = {'ignore-range': None, '416': 'bytes=%d-' % (1 << 60),
+                         'uninvited-206': 'bytes=100-'}.get(kind, request.range)
+    answer = respond()
+    if kind == 'headless-206':
+        del answer.headers['Content-Range']
+    elif kind == 'lying-range':
+        answer.blocks = [bytes(answer.length)]
+    return answer
 
 
 @fault('changed')
 def fault_changed(space, request, respond, detail):
-    """From now on it is another object, of another ETag and, where told, another `size`."""
-    space.change(request.names[0], detail.get('size'))
+    """From now on it is another object, of another ETag."""
+    space.change(request.names[0])
     return respond()
 
 
-@fault('slow')
+@fault('trickle', 'leisurely')
 def fault_slow(space, request, respond, detail):
-    space.closing.wait(detail.get('seconds', 0.2))
-    return respond()
-
-
-@fault('trickle')
-def fault_trickle(space, request, respond, detail):
-    """One byte at a time, `every` so many seconds."""
+    """The last 100 bytes come one by one, `every` so many seconds; or half of all after a while."""
     answer = respond()
+    pause = detail.get('every', 0.03)
 
-    def drops(blocks):
-        for block in blocks:
-            for k in range(len(block)):
-                yield block[k:k + 1]
-                space.closing.wait(detail.get('every', 0.1))
-    answer.blocks = drops(answer.blocks)
+    def pieces(body):
+        late, step = (100, 1) if detail['kind'] == 'trickle' else [len(body) - len(body) // 2] * 2
+        yield body[:len(body) - late]
+        for k in range(len(body) - late, len(body), step):
+            space.closing.wait(pause)
+            yield body[k:k + step]
+    if answer.record:
+        answer.blocks = pieces(answer.body)
     return answer
 
 
@@ -1698,6 +1581,22 @@ def fault_page(space, request, respond, detail):
     links that differ, or not if `same_link`."""
     request.trick = detail
     return respond()
+
+
+@fault('no-link')
+def fault_no_link(space, request, respond, detail):
+    """The page does not say that more follows."""
+    page = json.loads(respond().body.decode())
+    page.pop('@odata.nextLink', None)
+    page.get('properties', {}).pop('links', None)
+    return json_answer(page)
+
+
+@fault('told')
+def fault_told(space, request, respond, detail):
+    """The answer that the test tells: `body`, bytes or what becomes JSON, with `status`."""
+    body, status = detail['body'], detail.get('status', 200)
+    return Answer(body, status) if isinstance(body, bytes) else json_answer(body, status)
 
 
 # ---- the server
@@ -1715,7 +1614,7 @@ class LoopbackHandler(http.server.BaseHTTPRequestHandler):
     def serve(self):
         self.server.owner.serve(self)
 
-    do_GET = do_POST = do_HEAD = do_CONNECT = do_PUT = do_DELETE = serve
+    do_GET = do_POST = do_CONNECT = serve
 
     def log_message(self, *words):
         pass
@@ -1794,34 +1693,22 @@ class Loopback:
             pass
 
 
-class Matches:
-    """The places of the records that pass a filter, searched for as far as they are asked for."""
-
-    def __init__(self, places):
-        self.places, self.found, self.lock = iter(places), [], threading.Lock()
-
-    def first(self, count):
-        with self.lock:
-            self.found.extend(itertools.islice(self.places, max(0, count - len(self.found))))
-        return self.found[:count]
-
-    def count(self):
-        return len(self.first(sys.maxsize))
-
-
 class DataSpace(Loopback):
     """The stand-in of the Data Space: three catalogues, token endpoint, downloads, faults.
 
-    content_size: bytes of every product, None for the recorded sizes.  max_transfers: None for
-    any number; release_delay: seconds that a session still counts after its transfer.  clock: of
-    the tokens.  page_limit: most products on a page, whatever is asked.  opensearch: 'on', or
-    'retired-' with 404, 410, 301, 503, html, json or empty.  stac_next: method of next links.
-    keep_pages: remember the pages of the catalogues, so that a benchmark does not measure them."""
+    content_size: bytes of every product.  max_transfers: None for any number; release_delay:
+    seconds that a session still counts after its transfer.  clock: of the tokens.  page_limit: most
+    products on a page, whatever is asked.  opensearch: 'on', or 'retired-' with 404, 410, 301, 503,
+    html, json or empty.  stac_next: method of next links.  keep_pages: remember the pages of the
+    catalogues, so that a benchmark does not measure them.  After MOST_REQUESTS all are refused, so
+    that a client that asks for ever comes to its end."""
+
+    MOST_REQUESTS = 5000
 
     def __init__(self, records=None, tls=None, content_size=20000, max_transfers=4,
                  release_delay=0, expires_in=600, users=None, totp=None, page_limit=None,
                  latency=0, opensearch='on', clock=time.monotonic, refresh_expires_in=3600,
-                 revoke_on_refresh=False, login_status=401, stac_next='GET', keep_pages=False):
+                 stac_next='GET', keep_pages=False):
         Loopback.__init__(self, tls)
         self.records = RECORDS if records is None else records
         self.content_size, self.latency, self.page_limit = content_size, latency, page_limit
@@ -1829,20 +1716,18 @@ class DataSpace(Loopback):
         self.opensearch_mode, self.stac_next = opensearch, stac_next
         self.pages = {} if keep_pages else None
         self.tokens = Tokens(clock, {'user': 'password'} if users is None else users, totp,
-                             expires_in, refresh_expires_in, login_status, revoke_on_refresh)
+                             expires_in, refresh_expires_in)
         self.faults, self.requests, self.kinds = Switchboard(), [], collections.Counter()
-        self.versions, self.sizes = collections.Counter(), {}
+        self.versions = collections.Counter()
         self.transfers, self.peak_transfers, self.lingering = 0, 0, []
-        self.bytes_sent, self.searches = collections.Counter(), {}
         rows = sorted((record.start, record.id, k) for k, record in enumerate(self.records))
         self.starts, self.order = [start for start, _, _ in rows], [k for _, _, k in rows]
         self.places = {id: k for _, id, k in rows}
 
     def __enter__(self):
         Loopback.__enter__(self)
-        self.odata, self.opensearch, self.stac, self.token_url, self.logout_url = (
-            self.url + path for path in (
-                '/odata/v1', '/resto/api', '/v1', AUTH + 'token', AUTH + 'logout'))
+        self.odata, self.opensearch, self.stac, self.token_url = (
+            self.url + path for path in ('/odata/v1', '/resto/api', '/v1', AUTH + 'token'))
         return self
 
     logins = property(lambda self: self.tokens.logins)
@@ -1857,8 +1742,7 @@ class DataSpace(Loopback):
 
     def size(self, record):
         """The number of bytes that a download of the record delivers now."""
-        told = record.content if record.content is not None else self.content_size
-        return self.sizes.get(record.id, record.size if told is None else told)
+        return self.content_size if record.content is None else record.content
 
     def stated_size(self, record):
         return self.size(record) if record.stated is None else record.stated
@@ -1873,12 +1757,10 @@ class DataSpace(Loopback):
     def checksum(self, record):
         return self.md5(record) if record.checksum == 'MD5' else record.checksum
 
-    def change(self, id, size=None):
+    def change(self, id):
         """Put another object in the place of a product, here and in the catalogues."""
         with self.lock:
             self.versions[id] += 1
-            if size is not None:
-                self.sizes[id] = size
 
     def count(self, kind):
         """Requests so far to value, product, odata, opensearch, stac, token or logout."""
@@ -1915,22 +1797,15 @@ class DataSpace(Loopback):
             known.setdefault(stac_collection(record), set()).add(record.producttype)
         return {name: sorted(kinds) for name, kinds in sorted(known.items(), key=str) if name}
 
-    def matches(self, text, condition, key, descending):
-        """The places of the records that pass, in the order asked; kept for the next page."""
-        with self.lock:
-            if len(self.searches) > 30:
-                self.searches.clear()
-            return self.searches.setdefault((text, key, descending), Matches(
-                self.passing(condition, key, descending)))
-
     def passing(self, condition, key, descending):
+        """Yield the records that pass, in the order asked."""
         low = bisect.bisect_left(self.starts, condition.low)
         places = self.order[low:max(low, bisect.bisect_right(self.starts, condition.high))]
         if key != 'start':
             places.sort(key=lambda k: (getattr(self.records[k], key), self.records[k].id))
         for place in reversed(places) if descending else places:
             if condition.test(self.records[place]):
-                yield place
+                yield self.records[place]
 
     def serve(self, handler):
         """Read a request, note it, let a fault or the endpoint answer, send."""
@@ -1968,6 +1843,8 @@ class DataSpace(Loopback):
             answer = refused.answer
         except BadRequest as error:
             answer = json_answer({'detail': {'message': str(error)}}, 400)
+        if len(self.requests) > self.MOST_REQUESTS:
+            answer = json_answer({'detail': 'Too many requests for a test'}, 400)
         if kept and answer.status == 200:
             self.pages[key] = answer.body
         return answer
@@ -1998,9 +1875,6 @@ class DataSpace(Loopback):
             if self.closing.is_set():
                 return
             handler.wfile.write(b'%x\r\n%s\r\n' % (len(block), block) if answer.chunked else block)
-            if answer.record:
-                with self.lock:
-                    self.bytes_sent[answer.record.id] += len(block)
         if answer.chunked and not answer.end:
             handler.wfile.write(b'0\r\n\r\n')
 
@@ -2014,16 +1888,11 @@ def reset_connection(connection):
 
 # ---- names, certificates, proxies
 
-def port_of(place):
-    """The port on 127.0.0.1 of a server, of (host, port), or of a port."""
-    return getattr(place, 'port', place[1] if isinstance(place, tuple) else place)
-
-
 @contextlib.contextmanager
 def names_on_loopback(mapping):
     """Names of the mapping lead to the server given there, whatever port is asked; 127.0.0.1 and
     localhost stay; any other name is an OSError, so nothing leaves this machine."""
-    ports = {name: port_of(place) for name, place in mapping.items()}
+    ports = {name: server.port for name, server in mapping.items()}
     real = socket.getaddrinfo
 
     def fake(host, port, *args, **kwargs):
@@ -2040,112 +1909,68 @@ def names_on_loopback(mapping):
         socket.getaddrinfo = real
 
 
-class Certificate(typing.NamedTuple):
-    """Paths of the certificate of an authority, and of a server's certificate and key."""
-    authority: str
-    server: str
-    key: str
-
-    def context(self):
-        """For the `tls` of a stand-in."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.server, self.key)
-        return context
-
-
 OPENSSL_SETTINGS = """
 [req]
 distinguished_name = subject
 prompt = no
 [subject]
-CN = stand-in %s
-[authority]
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, keyCertSign, cRLSign
-subjectKeyIdentifier = hash
+CN = stand-in
 [server]
-basicConstraints = critical, CA:FALSE
-keyUsage = critical, digitalSignature, keyEncipherment
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, digitalSignature, keyCertSign
 extendedKeyUsage = serverAuth
 subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid
-subjectAltName = %s
+subjectAltName = IP:127.0.0.1, DNS:localhost, %s
 """
-OPENSSL_STEPS = """
-req -x509 {new} -keyout authority.key -out authority.pem -config authority.cnf -extensions authority
-req {new} -keyout server.key -out server.csr -config server.cnf
-x509 -req -in server.csr -CA authority.pem -CAkey authority.key -set_serial 2 -out server.pem
-  -days 30 -extfile server.cnf -extensions server
-""".replace('\n  ', ' ').format(new='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes')
 
 
-def certificate(folder, names=()):
-    """Make an authority and a server certificate, for the names and 127.0.0.1, in the folder.
+def certificate(folder, names):
+    """Make a server certificate for the names, its own authority: (its path, `tls` of a stand-in).
 
-    They satisfy VERIFY_X509_STRICT.  None where there is no openssl."""
-    alternatives = ', '.join(['IP:127.0.0.1', 'DNS:localhost'] + ['DNS:' + name for name in names])
-    for name in ('authority', 'server'):
-        with open(os.path.join(folder, name + '.cnf'), 'w') as file:
-            file.write(OPENSSL_SETTINGS % (name, alternatives))
+    The test is skipped where there is no openssl."""
+    settings, path = os.path.join(folder, 'openssl.cnf'), os.path.join(folder, 'stand-in.pem')
+    with open(settings, 'w') as file:
+        file.write(OPENSSL_SETTINGS % ', '.join('DNS:' + name for name in names))
     try:
-        for step in OPENSSL_STEPS.split('\n')[1:-1]:
-            subprocess.run(['openssl'] + step.split(), check=True, cwd=folder,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(['openssl'] + (
+            'req -x509 -days 30 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes '
+            '-extensions server').split() + ['-config', settings, '-keyout', path + '.key', '-out',
+            path], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return Certificate(*(os.path.join(folder, name) for name in (
-        'authority.pem', 'server.pem', 'server.key')))
+        raise unittest.SkipTest('no openssl here to make a certificate with') from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path, path + '.key')
+    return path, context
 
 
 class Proxy(Loopback):
-    """A proxy on the loopback interface: CONNECT, and requests with a whole url.
+    """A proxy on the loopback interface that opens tunnels.
 
     `mapping` leads names to servers; other names get 502.  With a password, `user:secret`,
-    a request without it gets 407.  `connections` counts what was passed on, `hosts` lists what was
-    asked, `requests` as those of DataSpace."""
+    a request without it gets 407.  `connections` counts what was passed on, `requests` as those of
+    DataSpace."""
 
-    def __init__(self, mapping=None, password=None):
+    def __init__(self, mapping, password=None):
         Loopback.__init__(self)
-        self.ports = {name: port_of(place) for name, place in (mapping or {}).items()}
-        self.password, self.connections, self.hosts, self.requests = password, 0, [], []
+        self.ports = {name: server.port for name, server in mapping.items()}
+        self.password, self.connections, self.requests = password, 0, []
 
     def serve(self, handler):
         handler.close_connection = True
-        url = urllib.parse.urlsplit(handler.path if '://' in handler.path else '//' + handler.path)
-        port = self.ports.get(url.hostname, url.port if url.hostname == '127.0.0.1' else None)
+        port = self.ports.get(handler.path.rpartition(':')[0])
         right = 'Basic ' + base64.b64encode((self.password or '').encode()).decode()
         with self.lock:
-            self.hosts.append(url.hostname)
             self.requests.append((handler.command, handler.path, dict(handler.headers), b''))
         if self.password and handler.headers.get('Proxy-Authorization') != right:
-            self.refuse(handler, 407)
-        elif port is None:
-            self.refuse(handler, 502)
+            handler.send_error(407)
+        elif port is None or handler.command != 'CONNECT':
+            handler.send_error(502)
         else:
             with self.lock:
                 self.connections += 1
             with socket.create_connection(('127.0.0.1', port), 30) as far:
-                self.open_way(handler, far, url)
+                handler.wfile.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
                 self.relay(handler.connection, far)
-
-    def refuse(self, handler, status):
-        handler.send_response(status)
-        handler.send_header('Proxy-Authenticate', 'Basic realm="stand-in"')
-        handler.send_header('Content-Length', '0')
-        handler.send_header('Connection', 'close')
-        handler.end_headers()
-
-    def open_way(self, handler, far, url):
-        """Confirm a tunnel, or pass a request on."""
-        if handler.command == 'CONNECT':
-            handler.wfile.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
-            return
-        target = urllib.parse.urlunsplit(('', '', url.path or '/', url.query, ''))
-        lines = ['%s %s HTTP/1.1' % (handler.command, target)]
-        lines += ['%s: %s' % (name, text) for name, text in handler.headers.items()
-                  if not name.lower().startswith(('proxy-', 'connection'))]
-        body = handler.rfile.read(int(handler.headers.get('Content-Length') or 0))
-        far.sendall('\r\n'.join(lines + ['Connection: close', '', '']).encode() + body)
 
     def relay(self, near, far):
         other = {near: far, far: near}
@@ -2158,6 +1983,10 @@ class Proxy(Loopback):
 
 
 ENVIRON = {"CDSE_USERNAME": "user", "CDSE_PASSWORD": "password"}
+HERE = os.path.dirname(os.path.abspath(cso.__file__))
+RC = os.path.join(HERE, "example.rc")
+NAMES = ["%s.dataspace.copernicus.eu" % name
+         for name in ("catalogue", "download", "zipper", "identity", "stac")]
 
 
 class Case(unittest.TestCase):
@@ -2166,6 +1995,9 @@ class Case(unittest.TestCase):
     maxDiff = None
 
     def setUp(self):
+        # a product that hangs ends the run with a traceback of its threads
+        faulthandler.dump_traceback_later(100, exit=True, file=sys.__stderr__)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
@@ -2218,6 +2050,15 @@ class Case(unittest.TestCase):
         return status, out.getvalue(), err.getvalue()
 
 
+def wait_until(happened, seconds=30):
+    """Return when something has happened; an error after so long, so that no test hangs."""
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            raise AssertionError('waited %d seconds in vain' % seconds)
+        time.sleep(0.005)
+
+
 class StandInTest(unittest.TestCase):
     """The stand-in behaves as the service does, and its faults as their names say."""
 
@@ -2227,20 +2068,18 @@ class StandInTest(unittest.TestCase):
             headers['Authorization'] = 'Bearer ' + bearer
         address = urllib.parse.urlsplit(url)
         connection = http.client.HTTPConnection(address.netloc, timeout=5)
-        try:
-            target = urllib.parse.urlunsplit(('', '', address.path, address.query, ''))
-            headers = {name.replace('_', '-'): value for name, value in headers.items()}
-            connection.request('POST' if data is not None else 'GET', target, data, headers)
-            with connection.getresponse() as response:
-                return response.status, response.headers, response.read()
-        finally:
-            connection.close()
+        self.addCleanup(connection.close)
+        headers = {name.replace('_', '-'): value for name, value in headers.items()}
+        connection.request('POST' if data is not None else 'GET',
+                           address._replace(scheme='', netloc='').geturl(), data, headers)
+        with connection.getresponse() as response:
+            return response.status, response.headers, response.read()
 
     def page(self, url, **query):
-        """Status and JSON of a page; `_` in a name stands for the `$` of OData."""
+        """The JSON of a page; `_` in a name stands for the `$` of OData."""
         pairs = [(name.replace('_', '$'), value) for name, value in query.items()]
-        status, _, body = self.ask(url + '?' + urllib.parse.urlencode(pairs))
-        return status, json.loads(body.decode())
+        url += '?' + urllib.parse.urlencode(pairs) if pairs else ''
+        return json.loads(self.ask(url)[2].decode())
 
     def grant(self, space, **fields):
         fields = fields or {'grant_type': 'password', 'username': 'user', 'password': 'password'}
@@ -2253,188 +2092,126 @@ class StandInTest(unittest.TestCase):
 
     # -- records
 
-    def test_records_are_as_recorded(self):
+    def test_records(self):
         self.assertEqual(len({record.id for record in RECORDS}), len(RECORDS))
-        types = {record.producttype for record in RECORDS}
-        self.assertLessEqual(set(TYPES_5P), types)
+        self.assertLessEqual(set(TYPES_5P), {record.producttype for record in RECORDS})
         for record in RECORDS:
             with self.subTest(record.name):
                 self.assertLessEqual(record.start, record.end)
-                self.assertRegex(record.start, r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$')
                 for outline in outlines(record.footprint):
                     west, south, east, north = bounding_box(outline)
                     self.assertTrue(-180 <= west <= east <= 180 and -90 <= south <= north <= 90)
-
-    def test_made_products_have_names_and_ids_of_their_own(self):
         orbits = made_products(120000, step_seconds=60)
         self.assertEqual(len({orbits[n].name for n in range(0, 120000, 500)}), 240)
         self.assertEqual(orbits[119999].orbit, 3697 + 119999 - 100000)
         same = made_products(20, same_start=True, points=301)
-        self.assertEqual(len({record.start for record in same}), 1)
-        self.assertEqual(len({record.name for record in same}), 20)
-        self.assertEqual(len({record.id for record in same}), 20)
+        self.assertEqual([len({record[column] for record in same}) for column in (0, 1, 4)],
+                         [20, 20, 1], 'ids, names, starts')
         self.assertEqual(len(same[0].footprint['coordinates'][0]), 301)
 
-    def test_some_orbits_of_the_day_see_europe(self):
-        seen = [any(-10 < lon < 30 and 35 < lat < 70 for lon, lat in outlines(record.footprint)[0])
-                for record in one_day()]
-        self.assertEqual(len(seen), 14)
-        self.assertTrue(2 < sum(seen) < 9, seen)
-        self.assertEqual({record.start[:10] for record in one_day()}, {'2018-07-01'})
-
     def test_content_is_made_blockwise_and_differs_by_place(self):
-        record = RECORDS[0]
-        whole = body_of(record, 200000)
+        whole = body_of(RECORDS[0], 200000)
         self.assertEqual(whole[:8], HDF5)
         self.assertEqual(len({whole[k:k + 1000] for k in range(0, 200000, 1000)}), 200)
-        self.assertEqual(b''.join(content_blocks(record, 200000, start=131000)), whole[131000:])
-        self.assertNotEqual(body_of(record, 200000, version=1)[8:], whole[8:])
+        self.assertEqual(b''.join(content_blocks(RECORDS[0], 200000, start=131000)), whole[131000:])
+        self.assertNotEqual(body_of(RECORDS[0], 200000, version=1)[8:], whole[8:])
 
-    # -- OData
+    # -- catalogues
 
-    def test_filters(self):
-        attribute = ("Attributes/OData.CSC.%sAttribute/any(att:att/Name eq '%s' and "
-                     "att/OData.CSC.%sAttribute/Value eq %s)")
-        kind = attribute % ('String', 'productType', 'String', "'%s'")
+    def test_filters_of_odata(self):
+        kind = ("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' and "
+                "att/OData.CSC.StringAttribute/Value eq '%s')")
         cases = [
             (kind % 'L2__NO2___', lambda r: r.producttype == 'L2__NO2___'),
-            (attribute % ('Integer', 'orbitNumber', 'Integer', 33646), lambda r: r.orbit == 33646),
-            ("contains(Name,'NRTI') and not contains(Name,'L2__')",
-             lambda r: 'NRTI' in r.name and 'L2__' not in r.name),
             ("ContentDate/Start lt 2018-05-01 and ContentDate/End gt 2018-04-30T18:00:00.000Z",
              lambda r: r.start < '2018-05-01' and r.end > '2018-04-30T18'),
-            ("startswith(Name,'S5P_RPRO') and (%s or %s)" % (
+            ("Collection/Name eq 'SENTINEL-5P' and (%s or %s)" % (
                 kind % 'L2__CH4___', kind % 'L2__HCHO__'),
-             lambda r: r.stream == 'RPRO' and r.producttype in ('L2__CH4___', 'L2__HCHO__')),
-            ("Collection/Name eq 'SENTINEL-1'", lambda r: r.collection == 'SENTINEL-1'),
+             lambda r: r.producttype in ('L2__CH4___', 'L2__HCHO__')),
             ("OData.CSC.Intersects(area=geography'SRID=4326;POLYGON((0 40,9 40,9 50,0 50,0 40))')",
              lambda r: meets_box(r.footprint, (0, 40, 9, 50)))]
         with DataSpace() as space:
             for text, test in cases:
                 with self.subTest(text):
-                    status, page = self.page(space.odata + '/Products', _filter=text, _top=1000,
-                                             _orderby='ContentDate/Start asc')
+                    page = self.page(space.odata + '/Products', _filter=text, _top=1000,
+                                     _orderby='ContentDate/Start asc')
                     expected = sorted((r.start, r.id) for r in RECORDS if test(r))
-                    self.assertEqual(status, 200)
                     self.assertTrue(expected)
                     self.assertEqual([(p['ContentDate']['Start'], p['Id']) for p in page['value']],
                                      expected)
 
-    def test_odata_refuses_what_the_service_refuses(self):
+    def test_what_catalogues_refuse(self):
+        resto = '/resto/api/collections/Sentinel5P/search.json?'
         with DataSpace() as space:
-            for status, query in (
-                    (400, {'_filter': "Collection/Name eq 'Sentinel5P'"}), (400, {'top': 5}),
-                    (400, {'_filter': "Nam eq 'x'"}),
-                    (400, {'_filter': "ContentDate/Start gt now"}),
-                    (422, {'_top': 1001}), (422, {'_skip': 10001}), (422, {'_top': 'x'}),
-                    (400, {'_orderby': 'Size'}), (400, {'_select': 'Nam'})):
-                with self.subTest(query):
-                    self.assertEqual(self.page(space.odata + '/Products', **query)[0], status)
-            detail = self.page(space.odata + '/Products', _skip=10001)[1]['detail'][0]
+            for status, path in (
+                    (400, "/odata/v1/Products?$filter=Collection/Name+eq+'Sentinel5P'"),
+                    (400, '/odata/v1/Products?top=5'), (400, '/odata/v1/Products?$orderby=Size'),
+                    (400, "/odata/v1/Products?$filter=Nam+eq+'x'"),
+                    (400, '/odata/v1/Products?$filter=ContentDate/Start+gt+now'),
+                    (400, '/odata/v1/Products?$select=Nam'), (422, '/odata/v1/Products?$top=1001'),
+                    (422, '/odata/v1/Products?$skip=10001'), (422, '/odata/v1/Products?$top=x'),
+                    (404, '/odata/v1/Products(%s)' % ('x' * 36)), (400, resto + 'maxRecords=2001'),
+                    (400, resto + 'page=502'), (400, resto + 'productsType=x'),
+                    (404, resto.replace('5P', '9')), (400, '/v1/search?sortby=size')):
+                with self.subTest(path):
+                    self.assertEqual(self.ask(space.url + path)[0], status)
+            detail = self.page(space.odata + '/Products', _skip=10001)['detail'][0]
             self.assertEqual((detail['input'], detail['ctx']), ('10001', {'le': 10000}))
 
     def test_next_link_ends_at_the_wall(self):
-        with DataSpace(made_products(12000, points=5), content_size=8) as space:
+        with DataSpace(made_products(12000), content_size=8) as space:
             url, rows = space.odata + '/Products?$top=1000&$orderby=ContentDate/Start', 0
             url += '&$select=Name'
             while url:
-                page = json.loads(self.ask(url)[2].decode())
+                page = self.page(url)
                 rows, url = rows + len(page['value']), page.get('@odata.nextLink')
             self.assertEqual(rows, 11000)
             self.assertEqual(sorted(page['value'][0]), ['Id', 'Name'])
 
-    def test_single_product(self):
-        odd = [RECORDS[0]._replace(stated=-1, checksum=''), RECORDS[1]._replace(checksum='N/A')]
-        with DataSpace(odd + list(RECORDS[2:])) as space:
-            page = self.page('%s/Products(%s)' % (space.odata, RECORDS[2].id))[1]
-            self.assertEqual(page['ContentLength'], 20000)
-            self.assertEqual(page['Checksum'][0]['Value'],
-                             hashlib.md5(body_of(RECORDS[2])).hexdigest())
-            page = self.page('%s/Products(%s)' % (space.odata, RECORDS[0].id))[1]
-            self.assertEqual((page['ContentLength'], page['Checksum']), (-1, []))
-            self.assertEqual(self.page('%s/Products(%s)' % (space.odata, 'x' * 36))[0], 404)
-
-    # -- OpenSearch
-
     def test_opensearch(self):
+        """Its links, and its meaning of a period: what lies within."""
         with DataSpace() as space:
-            for spelling in ('Sentinel5P', 'SENTINEL-5P'):
-                url = '%s/collections/%s/search.json' % (space.opensearch, spelling)
-                page = self.page(url, productType='L2__NO2___', maxRecords=2,
-                                 sortParam='startDate')[1]
-                links = {link['rel']: link['href'] for link in page['properties']['links']}
-                following = json.loads(self.ask(links['next'])[2].decode())
-                names = [f['properties']['title'] for f in page['features'] + following['features']]
-                self.assertEqual(sorted(names), sorted(
-                    r.name for r in RECORDS if r.producttype == 'L2__NO2___'))
-                self.assertIsNone(page['properties']['totalResults'])
+            url = space.opensearch + '/collections/SENTINEL-5P/search.json'
+            page = self.page(url, productType='L2__NO2___', maxRecords=2, sortParam='startDate')
+            links = {link['rel']: link['href'] for link in page['properties']['links']}
+            names = [feature['properties']['title']
+                     for feature in page['features'] + self.page(links['next'])['features']]
+            self.assertEqual(sorted(names), sorted(
+                r.name for r in RECORDS if r.producttype == 'L2__NO2___'))
             record = next(r for r in RECORDS if r.producttype == 'L2__SO2___')
-            inside = dict(productType='L2__SO2___', startDate=record.start,
-                          completionDate=record.end)
-            self.assertEqual(len(self.page(url, **inside)[1]['features']), 1)
-            inside['startDate'] = record.start.replace('.000000Z', '.000001Z')
-            self.assertEqual(len(self.page(url, **inside)[1]['features']), 0)
-            for status, query in ((400, {'maxRecords': 2001}), (400, {'page': 502}),
-                                  (400, {'productsType': 'x'}), (400, {'orbitNumber': 'x'})):
-                with self.subTest(query):
-                    self.assertEqual(self.page(url, **query)[0], status)
-            self.assertEqual(self.page(url.replace('SENTINEL-5P', 'Sentinl2'))[0], 404)
-
-    def test_retired_opensearch(self):
-        for mode, status in (('retired-404', 404), ('retired-410', 410), ('retired-301', 301),
-                             ('retired-html', 200), ('retired-empty', 200), ('retired-503', 503)):
-            with self.subTest(mode), DataSpace(opensearch=mode) as space:
-                answer = self.ask(space.opensearch + '/collections/Sentinel5P/search.json')
-                self.assertEqual(answer[0], status)
-                self.assertNotIn(b'FeatureCollection', answer[2])
-
-    # -- STAC
+            for start, count in ((record.start, 1), (record.start.replace('0Z', '1Z'), 0)):
+                page = self.page(url, productType='L2__SO2___', startDate=start,
+                                 completionDate=record.end)
+                self.assertEqual(len(page['features']), count)
 
     def test_stac(self):
-        with DataSpace() as space:
-            page = self.page(space.stac + '/search', collections='sentinel-5p-l2-no2-nrti', limit=2,
-                             sortby='-properties.datetime')[1]
-            again = json.loads(self.ask(page['links'][-1]['href'])[2].decode())
-            items = page['features'] + again['features']
-            self.assertEqual([item['id'][9:19] for item in items], ['L2__NO2___'] * 3)
-            asset = items[0]['assets']['netcdf']
-            uuid = re.search(r'Products\(([^)]*)\)', asset['alternate']['https']['href']).group(1)
-            self.assertEqual(asset['file:checksum'], 'd50110' + space.md5(space.find(uuid)))
-            self.assertEqual(self.page(space.stac + '/search', collections='x')[1]['features'], [])
-            self.assertEqual(self.page(space.stac + '/collections/x')[0], 404)
-            known = self.page(space.stac + '/collections', limit=200)[1]['collections']
-            known = {one['id']: one['summaries']['product:type'] for one in known}
-            self.assertEqual(known['sentinel-5p-l1-ra-bd5-nrti'], ['L1B_RA_BD5'])
-            self.assertEqual(known['sentinel-1-grd'], ['IW_GRDH_1S'])
-            self.assertEqual(self.page(space.stac + '/collections/sentinel-5p-l2-co-offl')[0], 200)
-            answer = self.ask(space.stac + '/search?token=x')
-            self.assertEqual((answer[0], answer[1].get_content_type()), (500, 'text/plain'))
-
-    def test_stac_with_post(self):
+        """Pages by GET and by POST; a box over the date line is read the long way round."""
         search = {'collections': ['sentinel-5p-l2-o3-tcl-offl'], 'limit': 1,
                   'datetime': '2018-05-01T00:00:00Z/2018-05-02T00:00:00Z', 'bbox': [0, -5, 9, 5],
-                  'filter': {'op': '=', 'args': [{'property': 'product:type'}, 'L2__O3_TCL']},
-                  'fields': {'include': ['assets', 'properties.datetime']}}
+                  'filter': "product:type='L2__O3_TCL'", 'fields': '-properties.datetime'}
         ids = []
         with DataSpace() as space:
             while search:
                 body = json.dumps(search).encode()
                 page = json.loads(self.ask(space.stac + '/search', body)[2].decode())
                 ids += [item['id'] for item in page['features']]
-                self.assertEqual(sorted(page['features'][0]),
-                                 ['assets', 'collection', 'id', 'properties'])
+                self.assertNotIn('datetime', page['features'][0]['properties'])
                 search = next((link['body'] for link in page['links']
                                if link['rel'] == 'next'), None)
-        self.assertEqual(len(ids), 2)
-        for id in ids:
-            self.assertRegex(id, '^S5P_OFFL_L2__O3_TCL_2018.*_01_')
-
-    def test_box_over_the_date_line_is_read_the_long_way_round(self):
-        with DataSpace() as space:
-            def found(box):
-                query = dict(collections='sentinel-5p-l2-co-nrti', bbox=box, limit=100)
-                return len(self.page(space.stac + '/search', **query)[1]['features'])
-            self.assertEqual(found('170,-90,-170,90'), found('-170,-90,170,90'))
+            self.assertEqual([id[:19] for id in ids], ['S5P_OFFL_L2__O3_TCL'] * 2)
+            page = self.page(space.stac + '/search', collections='sentinel-5p-l2-no2-nrti', limit=2)
+            items = page['features'] + self.page(page['links'][-1]['href'])['features']
+            self.assertEqual([item['id'][9:19] for item in items], ['L2__NO2___'] * 3)
+            asset = items[0]['assets']['netcdf']
+            uuid = re.search(r'Products\(([^)]*)\)', asset['alternate']['https']['href']).group(1)
+            self.assertEqual(asset['file:checksum'], 'd50110' + space.md5(space.find(uuid)))
+            found = [len(self.page(space.stac + '/search', collections='sentinel-5p-l2-co-nrti',
+                                   bbox=box, limit=100)['features'])
+                     for box in ('170,-90,-170,90', '-170,-90,170,90')]
+            self.assertEqual(found[0], found[1])
+            known = {one['id'] for one in self.page(space.stac + '/collections',
+                                                    limit=200)['collections']}
+            self.assertGreaterEqual(known, {'sentinel-5p-l1-ra-bd5-nrti', 'sentinel-1-grd'})
 
     # -- tokens and downloads
 
@@ -2461,22 +2238,20 @@ class StandInTest(unittest.TestCase):
             self.assertEqual(self.ask(href, bearer=second['access_token'])[0], 401)
 
     def test_ranges(self):
-        record, body = RECORDS[0], body_of(RECORDS[0])
+        body = body_of(RECORDS[0])
         with DataSpace() as space:
-            bearer, href = self.login(space), space.href(record)
+            bearer, href = self.login(space), space.href(RECORDS[0])
             etag = self.ask(href, bearer=bearer)[1]['ETag']
-            for text, status, part in (
-                    ('bytes=5-9', 206, body[5:10]), ('bytes=19990-', 206, body[19990:]),
-                    ('bytes=-10', 206, body[-10:]), ('bytes=9-99999', 206, body[9:]),
-                    ('lines=1-2', 200, body)):
+            for text, tag, status, part in (
+                    ('bytes=5-9', etag, 206, body[5:10]), ('bytes=9-99999', etag, 206, body[9:]),
+                    ('bytes=-10', etag, 206, body[-10:]), ('lines=1-2', etag, 200, body),
+                    ('bytes=5-', '"x"', 200, body)):
                 with self.subTest(text):
-                    answer = self.ask(href, bearer=bearer, Range=text, If_Range=etag)
+                    answer = self.ask(href, bearer=bearer, Range=text, If_Range=tag)
                     self.assertEqual((answer[0], answer[2]), (status, part))
-            answer = self.ask(href, bearer=bearer, Range='bytes=5-', If_Range='"x"')
-            self.assertEqual((answer[0], answer[2]), (200, body))
             answer = self.ask(href, bearer=bearer, Range='bytes=20000-')
             self.assertEqual((answer[0], answer[1]['Content-Range']), (416, 'bytes */20000'))
-            quoted = '%s/Products(%%27%s%%27)/$value' % (space.odata, record.id)
+            quoted = '%s/Products(%%27%s%%27)/$value' % (space.odata, RECORDS[0].id)
             self.assertEqual(self.ask(quoted, bearer=bearer)[0], 422)
 
     def test_at_most_so_many_transfers(self):
@@ -2494,7 +2269,6 @@ class StandInTest(unittest.TestCase):
             self.assertEqual(space.peak_transfers, 2)
             self.assertEqual(held[0].read(), space.body(RECORDS[0]))
             self.assertEqual(self.ask(href, bearer=bearer, Range='bytes=0-9')[0], 206)
-            self.assertEqual(space.count('value'), 4)
 
     # -- faults
 
@@ -2504,152 +2278,78 @@ class StandInTest(unittest.TestCase):
             status, _, body = self.ask(space.href(RECORDS[0]), bearer=bearer, **headers)
         except http.client.IncompleteRead as error:
             return 'short', len(error.partial)
-        except http.client.RemoteDisconnected:
+        except ConnectionError:
             return 'dropped', 0
-        except ConnectionResetError:
-            return 'reset', 0
         return status, len(body) if body != space.body(RECORDS[0]) else 'right'
 
     def test_faults_of_downloads(self):
-        cases = [
-            ('fin', ('short', 10000)), ('cut', (200, 10000)), ('chunked', ('short', 10000)),
-            ('chunked-ok', (200, 'right')), ('flip', (200, 20000)), ('empty', (200, 0)),
-            ('no-length', (200, 'right')), ('drop', ('dropped', 0)), ('slow', (200, 'right')),
-            ('trickle', (200, 'right')), ('changed', (200, 'right'))]
-        for kind, expected in cases:
+        for kind, expected in (
+                ('fin', ('short', 10000)), ('cut', (200, 10000)), ('chunked', ('short', 10000)),
+                ('chunked-ok', (200, 'right')), ('flip', (200, 20000)), ('empty', (200, 0)),
+                ('no-length', (200, 'right')), ('drop', ('dropped', 0)),
+                ('changed', (200, 'right')), ('trickle', (200, 'right'))):
             with self.subTest(kind), DataSpace() as space:
                 bearer, old = self.login(space), space.body(RECORDS[0])
-                space.faults.add(kind, every=0, seconds=0)
+                space.faults.add(kind, every=0)
                 self.assertEqual(self.outcome(space, bearer), expected)
                 self.assertEqual(self.outcome(space, bearer), (200, 'right'))
                 self.assertEqual(space.body(RECORDS[0]) != old, kind == 'changed')
-        for kind in ('400', '401', '403', '404', '429', '500', '502', '503'):
-            with self.subTest(kind), DataSpace() as space:
-                space.faults.add(kind, times=None)
-                bearer = self.login(space)
-                self.assertEqual({self.outcome(space, bearer)[0] for _ in range(2)}, {int(kind)})
-
-    def test_reset(self):
         with DataSpace() as space:
             bearer = self.login(space)
             space.faults.add('rst', at=0)
-            with self.assertRaises((ConnectionResetError, http.client.IncompleteRead)):
-                self.ask(space.href(RECORDS[0]), bearer=bearer)
+            self.assertIn(self.outcome(space, bearer), [('dropped', 0), ('short', 0)])
+            for kind, start in (('html', b'<!DOCTYPE html>'), ('json', b'{"code"'), ('zip', ZIP)):
+                space.faults.add(kind)
+                status, _, body = self.ask(space.href(RECORDS[0]), bearer=bearer)
+                self.assertEqual((status, body[:len(start)]), (200, start))
 
-    def test_faults_of_ranges(self):
+    def test_faults_of_ranges_and_headers(self):
         with DataSpace() as space:
-            bearer, body = self.login(space), space.body(RECORDS[0])
+            bearer, body, href = self.login(space), body_of(RECORDS[0]), space.href(RECORDS[0])
             for kind, status, part in (('ignore-range', 200, body), ('416', 416, None),
                                        ('wrong-range', 206, body[150:])):
                 with self.subTest(kind):
                     space.faults.add(kind)
                     self.assertEqual(self.outcome(space, bearer), (200, 'right'))
-                    answer = self.ask(space.href(RECORDS[0]), bearer=bearer, Range='bytes=50-')
+                    answer = self.ask(href, bearer=bearer, Range='bytes=50-')
                     self.assertEqual(answer[0], status)
                     self.assertIn(answer[2] if part else None, (part,))
-
-    def test_pages_instead_of_files(self):
-        with DataSpace() as space:
-            bearer, href = self.login(space), space.href(RECORDS[0])
-            for kind, start in (('html', b'<!DOCTYPE html>'), ('json', b'{"code"'), ('zip', ZIP)):
-                space.faults.add(kind)
-                status, _, body = self.ask(href, bearer=bearer)
-                self.assertEqual((status, body[:len(start)]), (200, start))
-            with zipfile.ZipFile(io.BytesIO(body)) as archive:
-                name = RECORDS[0].name
-                self.assertEqual(archive.read('%s/%s' % (name[:-3], name)), space.body(RECORDS[0]))
             space.faults.add('redirect', to='/elsewhere{target}', status=307)
             answer = self.ask(href, bearer=bearer)
             self.assertEqual((answer[0], answer[1]['Location'][:20]), (307, '/elsewhere/odata/v1/'))
             space.faults.add('429', retry_after='date')
             self.assertIn('GMT', self.ask(href, bearer=bearer)[1]['Retry-After'])
-
-    def test_stalls_end_with_the_server(self):
-        for kind in ('stall-headers', 'stall-body'):
-            with self.subTest(kind), DataSpace() as space:
-                space.faults.add(kind)
-                bearer, seen = self.login(space), []
-                thread = threading.Thread(target=lambda: seen.append(self.outcome(space, bearer)))
-                thread.start()
-                while space.count('value') == 0:
-                    thread.join(0.01)
-                self.assertEqual(seen, [])
-            thread.join()
-            self.assertIn(seen[0][0], ('dropped', 'short', 'reset'))
+            space.faults.add('503', after=1, times=2, name=RECORDS[0].id)
+            self.assertEqual([self.outcome(space, bearer)[0] for _ in range(5)],
+                             [200, 503, 503, 200, 200])
 
     def test_faults_of_pages(self):
         with DataSpace() as space:
             url = space.odata + '/Products?$top=4'
-            whole = [p['Id'] for p in json.loads(self.ask(url)[2].decode())['value']]
+
+            def ids(page):
+                return [product['Id'] for product in page['value']]
+            whole = ids(self.page(url))
             space.faults.add('empty-page', on='odata')
-            page = json.loads(self.ask(url)[2].decode())
-            self.assertEqual(page['value'], [])
-            page = json.loads(self.ask(page['@odata.nextLink'])[2].decode())
-            self.assertEqual([p['Id'] for p in page['value']], whole)
+            page = self.page(url)
+            self.assertEqual((ids(page), ids(self.page(page['@odata.nextLink']))), ([], whole))
             space.faults.add('short-page', on='odata')
-            first = json.loads(self.ask(url)[2].decode())
-            second = json.loads(self.ask(first['@odata.nextLink'])[2].decode())
-            self.assertEqual([p['Id'] for p in first['value'] + second['value']][:4], whole)
+            first = self.page(url)
+            self.assertEqual((ids(first) + ids(self.page(first['@odata.nextLink'])))[:4], whole)
             space.faults.add('repeat', on='odata', times=None)
             for _ in range(3):
-                page = json.loads(self.ask(url)[2].decode())
-                self.assertEqual([p['Id'] for p in page['value']], whole)
+                page = self.page(url)
+                self.assertEqual(ids(page), whole)
                 url = page['@odata.nextLink']
-            space.faults.clear()
-            space.faults.add('cut-json', on='odata')
-            with self.assertRaises(ValueError):
-                json.loads(self.ask(url)[2].decode())
-
-    def test_faults_choose_their_requests(self):
-        with DataSpace() as space:
-            bearer = self.login(space)
-            space.faults.add('503', after=1, times=2, name=RECORDS[0].id)
-            self.assertEqual([self.outcome(space, bearer)[0] for _ in range(5)],
-                             [200, 503, 503, 200, 200])
 
     # -- names, certificates, proxies
 
     def test_names_stay_on_this_machine(self):
         with DataSpace() as space, names_on_loopback({'catalogue.example.eu': space}):
-            url = 'http://catalogue.example.eu/odata/v1/Products?$top=1'
-            page = json.loads(self.ask(url)[2].decode())
+            page = self.page('http://catalogue.example.eu/odata/v1/Products?$top=1')
             self.assertIn('http://catalogue.example.eu/odata/', page['@odata.nextLink'])
             with self.assertRaises(OSError):
                 self.ask('http://another.example.eu/')
-
-    def test_certificate_is_accepted_by_strict_clients(self):
-        with tempfile.TemporaryDirectory() as folder:
-            made = certificate(folder, ['catalogue.example.eu'])
-            if made is None:
-                self.skipTest('there is no openssl')
-            trust = ssl.create_default_context(cafile=made.authority)
-            trust.verify_flags |= ssl.VERIFY_X509_STRICT
-            with DataSpace(tls=made.context()) as space, \
-                    names_on_loopback({'catalogue.example.eu': space}):
-                for host in ('catalogue.example.eu', space.url[8:]):
-                    url = 'https://%s/odata/v1/Products?$top=1' % host
-                    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
-                                                         urllib.request.HTTPSHandler(context=trust))
-                    with opener.open(url, timeout=5) as response:
-                        self.assertEqual(len(json.loads(response.read().decode())['value']), 1)
-
-    def test_proxy(self):
-        with DataSpace() as space, Proxy({'catalogue.example.eu': space}, 'me:secret') as proxy:
-            target, words = 'http://catalogue.example.eu/odata/v1/Products?$top=1', b'me:secret'
-            for header, status in (({}, 407), ({'Proxy-Authorization': 'Basic ' + base64.b64encode(
-                    words).decode()}, 200)):
-                connection = http.client.HTTPConnection('127.0.0.1', proxy.port, timeout=5)
-                connection.request('GET', target, headers=header)
-                with connection.getresponse() as response:
-                    self.assertEqual(response.status, status)
-                connection.close()
-            tunnel = http.client.HTTPConnection('127.0.0.1', proxy.port, timeout=5)
-            tunnel.set_tunnel('catalogue.example.eu', 443, header)
-            tunnel.request('GET', '/odata/v1/Products?$top=1')
-            with tunnel.getresponse() as response:
-                self.assertEqual(response.status, 200)
-            tunnel.close()
-            self.assertEqual((proxy.connections, set(proxy.hosts)), (2, {'catalogue.example.eu'}))
 
 
 class ExpressionTest(unittest.TestCase):
@@ -2658,19 +2358,18 @@ class ExpressionTest(unittest.TestCase):
     def value(self, text, names={}):
         return cso.evaluate(cso.parse_expression(text), names)
 
-    def refuse(self, text, names={}):
-        with self.assertRaises(ValueError, msg=text[:80]) as caught:
+    def refuse(self, text, said=".", names={}):
+        with self.assertRaisesRegex(ValueError, said, msg=text[:80]):
             self.value(text, names)
-        self.assertTrue(str(caught.exception))
-        return str(caught.exception)
 
     def test_values(self):
         for text, expected in (
                 ("1 + 2 * 3", 7), ("7 / 2", 3.5), ("7 // 2", 3), ("-7 % 3", 2), ("2 ** 10", 1024),
-                ("2 ** -1", 0.5), ("'x' * 10000", "x" * 10000), ("1.5 ** 100", 1.5 ** 100), ("+1 - -1", 2), ("0o775", 509),
-                ("'a' + \"b\"", "ab"), ("'ab' * 3", "ababab"), ("2 * 'ab'", "abab"),
-                ("1 < 2 <= 2", True), ("1 < 2 > 2", False), ("1 < 3 < 2", False), ("'b' in 'abc'", True),
-                ("3 not in [1, 2]", True), ("None is None", True), ("'a' != 'b'", True),
+                ("2 ** -1", 0.5), ("'x' * 10000", "x" * 10000), ("1.5 ** 100", 1.5 ** 100),
+                ("+1 - -1", 2), ("0o775", 509), ("'a' + \"b\"", "ab"), ("'ab' * 3", "ababab"),
+                ("2 * 'ab'", "abab"), ("1 < 2 <= 2", True), ("1 < 2 > 2", False),
+                ("1 < 3 < 2", False), ("'b' in 'abc'", True), ("3 not in [1, 2]", True),
+                ("None is None", True), ("'a' != 'b'", True),
                 ("not 0", True), ("1 and 0 or 'x'", "x"), ("'a' if 0 else 'b'", "b"),
                 ("[1, (2, 3)]", [1, (2, 3)]), ("{'a': 1}", {"a": 1}), ("{1, 2}", {1, 2}),
                 ("()", ()), ("'abc'[1]", "b"), ("'abc'[1:]", "bc"), ("'abc'[::-1]", "cba"),
@@ -2680,7 +2379,10 @@ class ExpressionTest(unittest.TestCase):
                 ("'NO2'.lower()", "no2"), ("' a '.strip().upper()", "A"),
                 ("'a,b'.split(',')", ["a", "b"]), ("'S5P'.startswith('S5')", True),
                 ("'a.nc'.endswith('.nc')", True), ("'a-b'.replace('-', '+')", "a+b"),
-                ("  (1)  ", 1), ("1 in [1,\n 2]", True)):
+                ("  (1)  ", 1), ("1 in [1,\n 2]", True),
+                # only what decides is evaluated
+                ("1 or 1/0", 1), ("0 and 1/0", 0), ("1 if 1 else 1/0", 1), ("'' or 0 or 'z'", "z"),
+                ("1 and '' and 1/0", "")):
             with self.subTest(text):
                 result = self.value(text)
                 self.assertEqual((result, type(result)), (expected, type(expected)))
@@ -2689,18 +2391,12 @@ class ExpressionTest(unittest.TestCase):
         row = {"processing": "RPRO", "orbit": "02818", "len": "hides the function"}
         self.assertIs(self.value("processing in ['RPRO', 'OFFL'] and orbit[0] == '0'", row), True)
         self.assertEqual(self.value("len", row), "hides the function")
-        self.assertIn("processing", self.refuse("procesing == 'RPRO'", row))
-        self.assertIn("T", self.refuse("T == 1"))
+        self.refuse("procesing == 'RPRO'", "processing", row)
+        self.refuse("T == 1", "T ")
 
-    def test_only_what_decides_is_evaluated(self):
-        for text, expected in (
-                ("1 or 1/0", 1), ("0 and 1/0", 0), ("1 if 1 else 1/0", 1), ("'' or 0 or 'z'", "z"),
-                ("1 and '' and 1/0", "")):
-            with self.subTest(text):
-                self.assertEqual(self.value(text), expected)
-
-    def test_what_is_no_expression_or_not_allowed(self):
+    def test_refused(self):
         for text in (
+                # no expression, or not allowed
                 "", "   ", "#", "1 = 1", "x = 1", "1;2", "1\n2", "import os", "(", ")", "'a", "1 2",
                 "$x", "1 and", "007", "a if b", "lambda: 1", "[x for x in [1]]", "{x for x in [1]}",
                 "(x for x in 'a')", "{x: 1 for x in 'a'}", "(x := 1)", "(yield)", "(yield 1)",
@@ -2709,23 +2405,15 @@ class ExpressionTest(unittest.TestCase):
                 "eval('1')", "__import__('os')", "().__class__", "'a'.format(1)", "'a'.join('b')",
                 "'a'.encode()", "'a'.upper", "int", "'a'.__class__", "[].append(1)", "max.__self__",
                 "'%s' % 1", "'%9999d' % 1", "1 << 2", "1 | 2", "1 & 2", "1 ^ 2", "~1", "1 @ 2",
-                "\0", "'\0'", "\udcff", "'a" + "\udcff'"):
-            with self.subTest(text):
-                self.refuse(text)
-
-    def test_values_that_go_wrong(self):
-        for text in (
+                "\0", "'\0'", "\udcff", "'a" + "\udcff'",
+                # values that go wrong
                 "1/0", "1 // 0", "0 ** -1", "1 % 0", "2.0 ** 1e10", "10 ** 400 / 3", "int(1e309)",
                 "int('x')", "int('1', 99)", "float('x')", "'a' + 1", "-'a'", "[] < 1", "1 in 1",
                 "[1][5]", "{}['a']", "{[]: 1}", "{[1]}", "{{}: 1}", "{}[[]]", "'abc'[::0]",
                 "'abc'['a']", "1[0]", "None[0]", "len(1)", "max()", "max([])", "max('a', 1)",
                 "sum('abc')", "sum(['a'])", "sum(1)", "round('x')", "abs('x')", "'a'.split('')",
-                "'a'.replace('b')", "'a'.upper(1)", "1 .upper()", "'a'()", "1()", "nosuch"):
-            with self.subTest(text):
-                self.refuse(text)
-
-    def test_nothing_grows_without_bound(self):
-        for text in (
+                "'a'.replace('b')", "'a'.upper(1)", "1 .upper()", "'a'()", "1()", "nosuch",
+                # nothing grows without bound
                 "9 ** 9 ** 9", "10 ** 10 ** 10", "2 ** 99999", "'x' * 10 ** 15", "10 ** 15 * 'x'",
                 "[0] * 10 ** 9", "[[0] * 999] * 999", "'x' * 9999 + 'x' * 9999",
                 "('x' * 9999).replace('x', 'y' * 9999)",
@@ -2909,8 +2597,8 @@ class SettingsTest(SettingsCase):
             "cfg/one.rc": "one : 1\n#include ./two.rc", "cfg/two.rc": "two : ${one}",
             "cfg/my file.rc": "f : 1", "cfg/sub/up.rc": "#include ../two.rc",
             "cfg/sub/near.rc": "#include other.rc", "cfg/sub/other.rc": "o : near",
-            "clash.rc": "c : current", "cfg/clash.rc": "c : beside", "cfg/last.rc": "l : 1",
-            "cfg/sub/last.rc": "#include main.last"}
+            "cfg/other.rc": "o : of the main file", "cfg/sub/far.rc": "#include last.rc",
+            "clash.rc": "c : current", "cfg/clash.rc": "c : beside", "cfg/last.rc": "l : 1"}
         for text, expected in (
                 ("#include cfg/one.rc", {"one": "1", "two": "1"}),
                 ("#include one.rc", {"one": "1", "two": "1"}),
@@ -2919,19 +2607,12 @@ class SettingsTest(SettingsCase):
                 ("#include my file.rc", {"f": "1"}),
                 ("#include ${n}.rc\nn : last", {"l": "1", "n": "last"}),
                 ("one : 5\n#include sub/up.rc", {"one": "5", "two": "5"}),
-                ("#include sub/near.rc", {"o": "near"}), ("#include clash.rc", {"c": "current"}),
+                ("#include sub/near.rc", {"o": "near"}), ("#include sub/far.rc", {"l": "1"}),
+                ("#include clash.rc", {"c": "current"}),
                 ("#include ./clash.rc", {"c": "beside"}),
                 ("#for X in last\n#include X.rc\n#endfor", {"l": "1"})):
             with self.subTest(text):
                 self.assertEqual(self.values(text, files=files, name="cfg/main.rc"), expected)
-
-    def test_the_main_files_directory_is_tried_last(self):
-        files = {"cfg/sub/a.rc": "#include b.rc", "cfg/b.rc": "b : 1"}
-        self.assertEqual(self.values("#include sub/a.rc", files=files, name="cfg/main.rc"),
-                         {"b": "1"})
-        files["cfg/sub/b.rc"] = "b : 2"
-        self.assertEqual(self.values("#include sub/a.rc", files=files, name="cfg/main.rc"),
-                         {"b": "2"})
 
     def test_imported_keys(self):
         files = {"o.rc": "a : ${E}\nb : T\nc : 3"}
@@ -3022,6 +2703,7 @@ class SettingsTest(SettingsCase):
                 ("#warning x", "main.rc:1", "#warning"), ("####", "main.rc:1"),
                 ("a : 1\n#if 1\n#if 1\n#endif", "main.rc:2", "#endif"),
                 ("\n#endif", "main.rc:2", "#endif"), ("#else", "main.rc:1", "#else"),
+                ("#for i in 1\n#else\na : 1\n#endfor", "main.rc:2", "#else"),
                 ("#if 1\n#endfor", "main.rc:2", "#endif"),
                 ("#for X in a\nX : 1", "main.rc:1", "#endfor"),
                 ("#for X a b\n#endfor", "main.rc:1", "#for NAME in"),
@@ -3070,8 +2752,7 @@ class SettingsTest(SettingsCase):
                 cso.read_settings(name)
 
     def test_files_that_would_never_end(self):
-        for limit in ("MOST_CHARACTERS", "LONGEST_LINE", "LONGEST_TOTAL", "MOST_LINES"):
-            self.use(mock.patch.object(cso, limit, 400000, create=True))
+        self.use(mock.patch.object(cso, "MOST_CHARACTERS", 400000))
         doubling = "".join("a%d : ${a%d}${a%d}\n" % (i, i + 1, i + 1) for i in range(64))
         doubling += "a64 : x"
         loops = "".join("#for A%d in 0 1 2 3 4 5 6 7 8 9\n" % i for i in range(9))
@@ -3124,17 +2805,6 @@ class SettingsTest(SettingsCase):
                 line, = [line for line in lines if line.startswith("%s : %s " % (key, value))]
                 self.assertTrue(line.endswith(place), line)
 
-    def test_command_tells_what_is_wrong_without_a_traceback(self):
-        self.write("main.rc", "\na : ${nosuch}")
-        for args, pieces in (
-                (["main.rc"], ["main.rc:2", "nosuch"]), (["absent.rc"], ["absent.rc"])):
-            with self.subTest(args):
-                status, out, err = self.run_main("settings", *args)
-                self.assertEqual((status, out), (1, ""))
-                self.assertNotIn("Traceback", err)
-                for piece in pieces:
-                    self.assertIn(piece, err)
-
 
 class OriginalNamesTest(SettingsCase):
     """The names of the original tool keep their signatures and what they do with settings."""
@@ -3143,7 +2813,7 @@ class OriginalNamesTest(SettingsCase):
         return cso.UtopyaRc(self.write("main.rc", text), rcbase, env)
 
     def test_signatures(self):
-        """Exactly these parameters; what else there is can be given by keyword only."""
+        """What else there is can be given by keyword only."""
         for function, promised in (
                 (cso.CSO_DataSpace_Inquire, "(rcfile, rcbase='', env={}, indent='')"),
                 (cso.CSO_DataSpace_Downloader, "()"),
@@ -3165,14 +2835,11 @@ class OriginalNamesTest(SettingsCase):
                 self.assertEqual(str(signature.replace(parameters=kept)), promised)
         self.assertTrue(issubclass(cso.CSO_DataSpace_Inquire, cso.UtopyaRc))
 
-    def test_null_auth_returns_its_argument(self):
-        request = object()
-        self.assertIs(cso.NullAuth()(request), request)
-
     def test_rcfile(self):
-        rcf = cso.RcFile(self.write("main.rc", "n : 3\nx : ${E}\nt : T\nd :"), env={"E": 1})
-        self.assertEqual(sorted(rcf.keys()), ["d", "n", "t", "x"])
-        self.assertEqual((rcf.has_key("n"), rcf.has_key("E")), (True, False))
+        env = {"E": 1}
+        rcf = cso.RcFile(self.write("main.rc", "n : 3\nx : ${E}\nt : T\nd :\nE : 2"), env=env)
+        self.assertEqual((env, sorted(rcf.keys())), ({"E": 1}, ["E", "d", "n", "t", "x"]))
+        self.assertEqual((rcf.has_key("n"), rcf.has_key("e")), (True, False))
         self.assertEqual((rcf.get("n"), rcf.get("n", "int"), rcf.get("n", totype="float")),
                          ("3", 3, 3.0))
         self.assertEqual((rcf.get("t", "bool"), rcf.get("d"), rcf.get("x")), (True, "", "1"))
@@ -3181,13 +2848,6 @@ class OriginalNamesTest(SettingsCase):
         for key, totype, piece in (("nn", "", "'nn'"), ("t", "", "bool"), ("n", "bool", "bool")):
             with self.subTest(key), self.assertRaisesRegex(Exception, piece):
                 rcf.get(key, totype)
-
-    def test_env_is_not_changed(self):
-        env = {"A": "1"}
-        self.utopya("x : ${A}\nA : 2", env=env)
-        self.assertEqual(env, {"A": "1"})
-        for function in (cso.UtopyaRc, cso.RcFile, cso.CSO_DataSpace_Inquire):
-            self.assertEqual(inspect.signature(function).parameters["env"].default, {})
 
     def test_subclass_reads_when_told_to(self):
         class Tool(cso.UtopyaRc):
@@ -3205,8 +2865,9 @@ class OriginalNamesTest(SettingsCase):
 
     def test_fallbacks(self):
         """The full key, then *. before it, then *. before ever less of it; first present wins."""
-        keys = ("*.cso.no2.inq.area", "*.no2.inq.x", "*.inq.url", "*.url", "*.start", "plain",
-                "cso.no2.inq.timerange.start", "cso.*.mid")
+        keys = ("*.cso.no2.inq.area", "*.no2.inq.area", "*.no2.inq.x", "*.inq.x", "*.inq.url",
+                "*.url", "*.start", "cso.no2.inq.timerange.start", "*.cso.no2.inq.timerange.start",
+                "plain", "cso.*.mid")
         rc = self.utopya("".join("%s : %s\n" % (key, key) for key in keys) + "*.flag : T",
                          "cso.no2.inq")
         for name, expected in (
@@ -3223,13 +2884,6 @@ class OriginalNamesTest(SettingsCase):
                 self.assertIn(piece, str(caught.exception))
         self.assertIs(rc.GetSetting("flag", "bool"), True)
         self.assertEqual(cso.UtopyaRc(self.path("main.rc")).GetSetting("plain"), "plain")
-
-    def test_fallback_order(self):
-        keys = ["a.b.c.d", "*.a.b.c.d", "*.b.c.d", "*.c.d", "*.d"]
-        for present in range(len(keys)):
-            with self.subTest(keys[present]):
-                rc = self.utopya("".join("%s : %s\n" % (key, key) for key in keys[present:]), "a.b")
-                self.assertEqual(rc.GetSetting("c.d"), keys[present])
 
     def test_defaults(self):
         rc = self.utopya("b.bad : x", "b")
@@ -3266,21 +2920,13 @@ class OriginalNamesTest(SettingsCase):
             cso.CSO_DataSpace_Inquire("main.rc", "b")
 
 
-# A swath without polygons: a band along a great circle, `tilt` against the equator as an orbit.
-# `u` is the angle along it from the node, `v` the angle across it, in degrees.
+# The truth of footprints, without polygons: a swath is a band along a great circle.
 
-TILT, WIDTH = 98.7, 12.4
-
-
-def place_of(u, v, node):
-    x, y, z = cos(radians(v)) * cos(radians(u)), cos(radians(v)) * sin(radians(u)), sin(radians(v))
-    y, z = (y * cos(radians(TILT)) - z * sin(radians(TILT)),
-            y * sin(radians(TILT)) + z * cos(radians(TILT)))
-    lon = degrees(atan2(y, x)) + node
-    return [round((lon + 180) % 360 - 180, 6), round(degrees(asin(z)), 6)]
+WIDTH = 12.4
 
 
 def along_and_across(lon, lat, node):
+    """What place_of() was given."""
     lon, lat = radians(lon - node), radians(lat)
     x, y, z = cos(lat) * cos(lon), cos(lat) * sin(lon), sin(lat)
     y, z = (y * cos(radians(TILT)) + z * sin(radians(TILT)),
@@ -3337,33 +2983,27 @@ def map_share(geometry):
 
 # Recorded footprints, rounded to 0.01 degrees; of the first every fourth place was kept.
 
-NRTI_AT_180 = {"type": "MultiPolygon", "coordinates": [
-    [[[180, 81.53], [172.18, 77.25], [168.17, 71.65], [150.28, 70.92], [137.91, 70.18],
-      [131.78, 69.3], [124.66, 67.67], [115.66, 64.17], [109.07, 61.29], [98.45, 64.98],
-      [84.92, 67.65], [68.9, 68.92], [67.25, 76.03], [66.74, 79.77], [67.24, 82.06],
-      [71.39, 85.38], [121.07, 88.81], [180, 88.11], [180, 81.53]]],
-    [[[-180, 88.11], [-147.53, 85.88], [-180, 81.53], [-180, 88.11]]]]}
-OVER_NORTH_POLE = polygon(
-    [[-91.67, 68.42], [-101.22, 74.9], [-115.94, 80.06], [-147.13, 84.09], [-180, 84.77],
-     [-180, 90], [180, 90], [180, 84.77], [154.08, 84.23], [138.18, 85.67], [97.21, 86.52],
-     [59.95, 85.32], [42.58, 83.05], [7.28, 84.47], [-29.98, 83.11], [-42.98, 81.27],
-     [-51.55, 78.67], [-56.9, 75.17], [-61.23, 68.06], [-91.67, 68.42]])
-TROPICS = polygon([[180, -20], [-180, -20], [-180, 20], [180, 20], [180, -20]])
-PAST_180 = polygon([[-181.88, 68.44], [-182.08, 69.34], [-179.54, 69.39], [-179.44, 68.49],
-                    [-181.88, 68.44]])
-SCENE = polygon([[-79.01, -3.32], [-78.66, -1.69], [-80.88, -1.2], [-81.23, -2.85],
-                 [-79.01, -3.32]])
-TRACK = {"type": "MultiLineString", "coordinates": [
-    [[1.29, -70.06], [0, -69.25]],
-    [[0, -69.25], [-0.97, -68.44], [-10.01, -58.36], [-14.56, -49.71], [-18.51, -39.19]]]}
+NRTI_AT_180 = typed_geometry('MultiPolygon', '''180,81.53 172.18,77.25 168.17,71.65 150.28,70.92
+    137.91,70.18 131.78,69.3 124.66,67.67 115.66,64.17 109.07,61.29 98.45,64.98 84.92,67.65
+    68.9,68.92 67.25,76.03 66.74,79.77 67.24,82.06 71.39,85.38 121.07,88.81 180,88.11 180,81.53 |
+    -180,88.11 -147.53,85.88 -180,81.53 -180,88.11''')
+OVER_NORTH_POLE = typed_geometry('Polygon', '''-91.67,68.42 -101.22,74.9 -115.94,80.06
+    -147.13,84.09 -180,84.77 -180,90 180,90 180,84.77 154.08,84.23 138.18,85.67 97.21,86.52
+    59.95,85.32 42.58,83.05 7.28,84.47 -29.98,83.11 -42.98,81.27 -51.55,78.67 -56.9,75.17
+    -61.23,68.06 -91.67,68.42''')
+TROPICS = BAND
+PAST_180 = typed_geometry('Polygon', '''-181.88,68.44 -182.08,69.34 -179.54,69.39 -179.44,68.49
+    -181.88,68.44''')
+SCENE = typed_geometry('Polygon', '''-79.01,-3.32 -78.66,-1.69 -80.88,-1.2 -81.23,-2.85
+    -79.01,-3.32''')
+TRACK = typed_geometry('MultiLineString', '''1.29,-70.06 0,-69.25 | 0,-69.25 -0.97,-68.44
+    -10.01,-58.36 -14.56,-49.71 -18.51,-39.19''')
 
 # What is not covered, cut at 180: all but the north, all but a swath that holds both poles.
-ALL_BUT_A_CAP = polygon([[-180, 60], [-90, 70], [0, 50], [90, 70], [180, 60], [180, -90],
-                         [-180, -90], [-180, 60]])
-ALL_BUT_A_SWATH = {"type": "MultiPolygon", "coordinates": [
-    [[[-180, -80], [-120, -78], [-60, -65], [-20, 0], [-60, 65], [-120, 78], [-180, 80],
-      [-180, -80]]],
-    [[[180, 80], [120, 78], [60, 65], [20, 0], [60, -65], [120, -78], [180, -80], [180, 80]]]]}
+ALL_BUT_A_CAP = typed_geometry('Polygon', '''-180,60 -90,70 0,50 90,70 180,60 180,-90 -180,-90
+    -180,60''')
+ALL_BUT_A_SWATH = typed_geometry('MultiPolygon', '''-180,-80 -120,-78 -60,-65 -20,0 -60,65 -120,78
+    -180,80 -180,-80 | 180,80 120,78 60,65 20,0 60,-65 120,-78 180,-80 180,80''')
 
 
 def covered_share(geometry):
@@ -3421,6 +3061,7 @@ class FootprintTest(unittest.TestCase):
         south_cap = polygon([[0, -70], [90, -70], [180, -70], [-90, -70], [0, -70]])
         rim = (1 - sin(radians(70))) / (1 - sin(radians(60)))
         tropics = sin(radians(20)) / sin(radians(40))
+        bow = polygon([[0, 0], [20, 10], [20, 0], [0, 10], [0, 0]])     # it crosses itself
         south = [[x, -85 - x % 20 / 100] for x in range(-100, 101, 50)]
         north = [[x, -y] for x, y in south]
         for name, geometry, box, overlaps, fraction in [
@@ -3464,6 +3105,9 @@ class FootprintTest(unittest.TestCase):
                 ("pole of all but", ALL_BUT_A_CAP, [0, -90, 10, -80], False, 0.0),
                 ("all but", ALL_BUT_A_CAP, [170, 75, -170, 90], True, 1.0),
                 ("drawn as 0.55", polygon(south + north[::-1]), [-5, -5, 5, 5], False, 0.0),
+                ("west of a bow", bow, [1, 4, 2, 5], True, 1.0),
+                ("east of a bow", bow, [18, 4, 19, 5], True, 1.0),
+                ("between its wings", bow, [9, 8, 11, 9], False, 0.0),
                 ("recorded", NRTI_AT_180, [90, 75, 110, 80], True, 1.0),
                 ("recorded, across 180", NRTI_AT_180, [178, 85, -178, 86], True, 1.0),
                 ("recorded, apart", NRTI_AT_180, [-150, 60, -100, 85], False, 0.0),
@@ -3536,13 +3180,6 @@ class FootprintTest(unittest.TestCase):
                 self.assertEqual(cso.box_overlap(geometry, [50, 50, 60, 60]), (True, None))
                 self.assertIsNone(covered_share(geometry))
                 self.assertIsNone(cso.split_geometry(geometry))
-
-    def test_rings_that_cross_themselves_cover_both_lobes(self):
-        bow = polygon([[0, 0], [20, 10], [20, 0], [0, 10], [0, 0]])
-        for box, found in [([1, 4, 2, 5], (True, 1.0)), ([18, 4, 19, 5], (True, 1.0)),
-                           ([9, 8, 11, 9], (False, 0.0))]:
-            with self.subTest(box=box):
-                self.assertEqual(cso.box_overlap(bow, box), found)
 
     # Properties, of cases at random: rings of swaths, granules and frames, boxes of any size.
 
@@ -3679,8 +3316,6 @@ class FootprintTest(unittest.TestCase):
             with self.subTest(written=written):
                 self.assertEqual(cso.geometry_from_wkt(written),
                                  {"type": kind, "coordinates": coordinates})
-
-    def test_other_text_is_no_geometry(self):
         for text in [None, 7, "", "POLYGON", "POLYGON EMPTY", "geography'SRID=4326;POLYGON (())'",
                      "POLYGON (1 2, 3 4)", "POLYGON (((1 2, 3 4)))", "POLYGON ((1 2, 3 4)",
                      "POLYGON ((1 2, 3 x))", "POLYGON ((1, 2))", "CIRCLE ((1 2, 3 4))", "((1 2))",
@@ -3700,23 +3335,7 @@ UUID = 'b3f240e6-505d-4cae-97ea-43a8778a318d'
 CATALOGUE = 'catalogue.dataspace.copernicus.eu'
 HEADER = 'orbit;start_time;end_time;processing;collection;processor_version;filename;href\n'
 APIS = 'odata', 'opensearch', 'stac'
-EUROPE = typed_geometry('Polygon', '-40,20 40,20 40,80 -40,80 -40,20'.split())
-
-
-@fault('told')
-def fault_told(space, request, respond, detail):
-    """The answer that the test tells: `body`, bytes or what becomes JSON, with `status`."""
-    body, status = detail['body'], detail.get('status', 200)
-    return Answer(body, status) if isinstance(body, bytes) else json_answer(body, status)
-
-
-@fault('no-link')
-def fault_no_link(space, request, respond, detail):
-    """The page does not say that more follows."""
-    page = json.loads(respond().body.decode())
-    page.pop('@odata.nextLink', None)
-    page.get('properties', {}).pop('links', None)
-    return json_answer(page)
+EUROPE = typed_geometry('Polygon', '-40,20 40,20 40,80 -40,80 -40,20')
 
 
 def s5p(name, start=None, end=None, id=None, geometry=EUROPE):
@@ -3779,19 +3398,14 @@ def changed(changes, **entry):
     return {name: value for name, value in entry.items() if value is not KeyError}
 
 
-PAGES = {'odata': lambda entry: {'value': [entry]},
-         'opensearch': lambda entry: {'type': 'FeatureCollection', 'features': [entry]},
-         'stac': lambda entry: {'type': 'FeatureCollection', 'features': [entry]}}
+def page_of(api, *entries):
+    """A page of a service."""
+    return {'value': list(entries)} if api == 'odata' else {
+        'type': 'FeatureCollection', 'features': list(entries)}
 
 
 class CatalogueCase(Case):
     """Inquiries of the stand-in."""
-
-    def setUp(self):
-        super().setUp()
-        quiet = logging.NullHandler()
-        cso.log.addHandler(quiet)
-        self.addCleanup(cso.log.removeHandler, quiet)
 
     def rc(self, space=None, settings={}, api='odata'):
         """Write my.rc, an inquiry of all NO2 of 2015 to 2024 with other settings; its path."""
@@ -3825,9 +3439,15 @@ class CatalogueCase(Case):
     def small_pages(self, size=10):
         self.use(mock.patch.dict(cso.PAGE, dict.fromkeys(cso.PAGE, size)))
 
+    @contextlib.contextmanager
     def logged(self, level='INFO'):
-        """The records of the log within a with block."""
-        return self.assertLogs('cso_dataspace', level)
+        """The messages of the log within a with block; those of lower levels are left out."""
+        messages = []
+        with self.assertLogs('cso_dataspace', 'DEBUG') as logged:
+            cso.log.debug('for assertLogs, which wants one at least')
+            yield messages
+        messages += [record.getMessage() for record in logged.records
+                     if record.levelno >= getattr(logging, level)]
 
     def tell(self, space, api, body, status=200):
         """From now on let a service give this answer."""
@@ -3874,26 +3494,6 @@ class NamesTest(Case):
                     'processing producttype orbit collection processor_version start end'
                     ).split()), expected)
 
-    def test_times(self):
-        for text, expected in (
-                ('2024-06-04T11:01:00Z', '2024-06-04 11:01:00'),
-                ('2024-06-04T11:01:00', '2024-06-04 11:01:00'),
-                ('2024-06-04T11:01:00.5Z', '2024-06-04 11:01:00.500000'),
-                ('2024-06-04T11:01:00.494Z', '2024-06-04 11:01:00.494000'),
-                ('2024-06-04T11:01:00.494767Z', '2024-06-04 11:01:00.494767'),
-                ('2024-06-04T11:01:00.494767123Z', '2024-06-04 11:01:00.494767'),
-                ('2024-06-04T11:01:00.999999999Z', '2024-06-04 11:01:00.999999'),
-                ('2024-06-04T11:01:00.494767+00:00', '2024-06-04 11:01:00.494767'),
-                ('2024-06-04T01:01:00+02:00', '2024-06-03 23:01:00'),
-                ('2024-06-04T23:01:00-0330', '2024-06-05 02:31:00'),
-                ('2024-06-04', None), ('2024-06-04T24:01:00Z', None), ('', None),
-                ('2024-06-04T11:01:00.1234567890Z', None), ('2024-06-04T11:01:00 CEST', None)):
-            with self.subTest(text):
-                if expected:
-                    self.assertEqual(str(cso.parse_time(text)), expected)
-                else:
-                    self.assertRaises(ValueError, cso.parse_time, text)
-
     def test_times_are_cut_to_milliseconds(self):
         time_ = datetime.datetime(2018, 7, 1, 0, 0, 0, 999999)
         self.assertEqual(cso.format_time(time_), '2018-07-01T00:00:00.999Z')
@@ -3912,34 +3512,6 @@ class NamesTest(Case):
             with self.subTest(text), self.assertRaises(ValueError):
                 cso.Box.from_text(text)
 
-    def test_plain_names(self):
-        for name in (NO2, 'a.nc', 'S6A_x.SEN6', 'a..b', 'Königsberg.nc', 'console.nc'):
-            with self.subTest(name):
-                self.assertEqual(cso.safe_name(name), name)
-        for name in ('', '.', '..', '...', '../a.nc', '/etc/passwd', 'a/b.nc', 'a\\b.nc', 'C:a.nc',
-                     'a\nb.nc', 'a\0b.nc', 'a\x7fb', 'NUL', 'con.nc', 'a.nc:stream', ' .. '):
-            with self.subTest(repr(name)), self.assertRaises(ValueError):
-                cso.safe_name(name)
-
-    def test_old_hrefs_are_mended(self):
-        creodias = 'https://zipper.creodias.eu/odata/v1/Products(%s)/$value' % UUID
-        for href, expected in (
-                (DOWNLOAD % UUID, DOWNLOAD % UUID),
-                (ZIPPER % UUID, DOWNLOAD % UUID),
-                (ZIPPER % ("'%s'" % UUID), DOWNLOAD % UUID),
-                (DOWNLOAD % ('"%s"' % UUID), DOWNLOAD % UUID),
-                ((ZIPPER % UUID).replace('https', 'http'), DOWNLOAD % UUID),
-                ((DOWNLOAD % UUID).replace('https', 'http'), DOWNLOAD % UUID),
-                (' %s\n' % (ZIPPER % UUID), DOWNLOAD % UUID),
-                ('https://%s/odata/v1/Products(\'%s\')/$value' % (CATALOGUE, UUID),
-                 'https://%s/odata/v1/Products(%s)/$value' % (CATALOGUE, UUID)),
-                (creodias, creodias),
-                ('https://zipper.dataspace.copernicus.eu.evil.net/a',
-                 'https://zipper.dataspace.copernicus.eu.evil.net/a'),
-                ('s3://eodata/Sentinel-5P/' + NO2, 's3://eodata/Sentinel-5P/' + NO2)):
-            with self.subTest(href):
-                self.assertEqual(cso.mend_href(href), expected)
-
 
 class CatalogueTest(CatalogueCase):
     """Three services, one Product: the same query gives the same table."""
@@ -3954,6 +3526,8 @@ class CatalogueTest(CatalogueCase):
                 settings, tables = {'collection': collection, 'producttype': producttype}, set()
                 for api in APIS:
                     with self.subTest(producttype, api=api):
+                        if api == 'opensearch':         # each mission has two spellings
+                            settings['collection'] = collection.replace('SENTINEL-', 'Sentinel')
                         if api == 'stac' and producttype.startswith(('L1B_IR_', 'AUX_')):
                             with self.assertRaisesRegex(cso.CatalogueError, 'no collection for .*'
                                                         + producttype):
@@ -3988,36 +3562,36 @@ class CatalogueTest(CatalogueCase):
         space = self.use(DataSpace([]))
         for entry, fields, expected in cases:
             with self.subTest(fields=fields, entry=entry):
-                self.tell(space, api, PAGES[api](entry))
+                self.tell(space, api, page_of(api, entry))
                 product, = self.search(space, api)
                 self.assertEqual(product.product_id, UUID)
                 self.assertEqual(' '.join(str(getattr(product, field)) for field in fields.split()),
                                  str(expected))
 
-    def test_times_and_sizes_of_odata(self):
+    def test_entries_of_odata(self):
         self.read_entries('odata', [
             (odata_entry(ContentDate={'Start': '2025-03-11T12:19:40' + written, 'End': (
                 '2025-03-11T13:18:05' + written)}), 'start end',
              '2025-03-11 12:19:40%s 2025-03-11 13:18:05%s' % (meant, meant))
             for written, meant in (('Z', ''), ('.1Z', '.100000'), ('.123Z', '.123000'), ('', ''),
                                    ('.123456Z', '.123456'), ('.123456789Z', '.123456'),
-                                   ('.123456+00:00', '.123456'), ('.000000Z', ''))])
+                                   ('.999999999Z', '.999999'), ('.123456+00:00', '.123456'),
+                                   ('.000000Z', ''))])
+        self.read_entries('odata', [
+            (odata_entry(ContentDate={'Start': start, 'End': '2025-03-11T23:00:00Z'}), 'start', (
+                meant)) for start, meant in (('2025-03-11T01:01:00+02:00', '2025-03-10 23:01:00'),
+                                             ('2025-03-10T23:01:00-0330', '2025-03-11 02:31:00'))])
         self.read_entries('odata', [
             (odata_entry(ContentLength=size), 'size', known) for size, known in (
                 (622854144, 622854144), (1, 1), (0, 0), (-1, 0), (None, 0), (KeyError, 0))])
-
-    def test_checksums_of_odata(self):
         zeros, md5 = 32 * '0', 'FB6A3D0D83655781C952C6FB6E88F962'
         blake3 = {'Value': 2 * md5, 'Algorithm': 'BLAKE3'}
-        for value in ('', 'N/A', zeros, None, md5[1:], md5 + '0', KeyError):
-            self.read_entries('odata', [(odata_entry(Checksum=[changed(
-                {}, Value=value, Algorithm='MD5')]), 'md5', '')])
-        self.read_entries('odata', [(odata_entry(Checksum=checksum), 'md5', known)
-                                    for checksum, known in (
-            (KeyError, ''), (None, ''), ([], ''), ([{}], ''), ([blake3], ''),
-            ([blake3, {'Value': md5, 'Algorithm': 'MD5'}], md5.lower()))])
-
-    def test_attributes_of_odata(self):
+        self.read_entries('odata', [(odata_entry(Checksum=[changed(
+            {}, Value=value, Algorithm='MD5')]), 'md5', '') for value in (
+                '', 'N/A', zeros, None, md5[1:], md5 + '0', KeyError)] + [
+            (odata_entry(Checksum=checksum), 'md5', known) for checksum, known in (
+                (KeyError, ''), (None, ''), ([], ''), ([{}], ''), ([blake3], ''),
+                ([blake3, {'Value': md5, 'Algorithm': 'MD5'}], md5.lower()))])
         some = [{'Name': 'orbitNumber', 'Value': 9756}, {'Name': 'timeliness', 'Value': 'NT'},
                 {'Name': 'productType', 'Value': 'SR_2_WAT___'}, {'Name': 'cloudCover'}]
         self.read_entries('odata', [
@@ -4068,7 +3642,8 @@ class CatalogueTest(CatalogueCase):
             (stac_entry(name6, key, zipped), 'filename', name6)
             for key in ('product', 'Product', 'PRODUCT')] + [
             (stac_entry(asset={'file:checksum': checksum}), 'md5', '')
-            for checksum in ('1220' + 64 * 'a', 'd40110' + 32 * 'a', 'd50110' + 32 * '0', '', None, KeyError)])
+            for checksum in ('1220' + 64 * 'a', 'd40110' + 32 * 'a', 'd50110' + 32 * '0', '', None,
+                             KeyError)])
 
     def test_footprints_in_both_forms_of_odata(self):
         space = self.use(DataSpace([]))
@@ -4077,7 +3652,7 @@ class CatalogueTest(CatalogueCase):
                       odata_entry(GeoFootprint=KeyError, Footprint=text)):
             for area, count in (('0,30,10,50', 1), ('100,-60,120,-40', 0)):
                 with self.subTest(area, entry=entry):
-                    self.tell(space, 'odata', PAGES['odata'](entry))
+                    self.tell(space, 'odata', page_of('odata', entry))
                     self.assertEqual(len(self.inquire(space, {
                         'area': area, 'timerange.end': '2026-01-01'})), count)
 
@@ -4086,30 +3661,38 @@ class CatalogueTest(CatalogueCase):
         space = self.use(DataSpace([]))
         for api, entry in (('odata', {}), ('odata', odata_entry(Id=KeyError)), ('odata', None),
                            ('odata', odata_entry(ContentDate=None)),
-                           ('odata', odata_entry(ContentDate={'Start': 'now', 'End': 'then'})),
+                           *(('odata', odata_entry(ContentDate={'Start': text, 'End': text}))
+                             for text in ('now', '', '2024-06-04', '2024-06-04T24:01:00Z',
+                                          '2024-06-04T11:01:00.1234567890Z',
+                                          '2024-06-04T11:01:00 CEST')),
                            ('opensearch', {'properties': {}}), ('opensearch', {}),
                            ('opensearch', resto_entry(title=KeyError)),
                            ('stac', stac_entry(asset={'alternate': KeyError})),
                            ('stac', {'id': 'x', 'properties': {}})):
             with self.subTest(api, entry=entry):
-                self.tell(space, api, PAGES[api](entry))
+                self.tell(space, api, page_of(api, entry))
                 with self.assertRaisesRegex(cso.CatalogueError, re.escape(getattr(space, api))):
                     self.inquire(space, {}, api)
                 self.assertEqual(self.read('table.csv'), b'old')
 
     def test_names_that_are_no_file_names_are_errors(self):
         space = self.use(DataSpace([]))
-        for name in ('../evil.nc', '/etc/passwd', '..', 'a\\b.nc', 'C:a.nc', 'a\nb.nc'):
+        for name in ('', '.', '..', '...', ' .. ', '../a.nc', '/etc/passwd', 'a/b.nc', 'a\\b.nc',
+                     'C:a.nc', 'a\nb.nc', 'a\0b.nc', 'a\x7fb', 'NUL', 'con.nc', 'a.nc:stream'):
             for api, entry in (('odata', odata_entry(Name=name)),
                                ('opensearch', resto_entry(title=name)),
                                ('stac', stac_entry(asset={'file:local_path': name}))):
-                if api == 'stac' and '/' in name:
+                if api == 'stac' and ('/' in name or not name):
                     continue        # a path is what STAC gives; its last part is the name
                 with self.subTest(api, name=name):
-                    self.tell(space, api, PAGES[api](entry))
+                    self.tell(space, api, page_of(api, entry))
                     with self.assertRaisesRegex(cso.CatalogueError, 'file name'):
                         self.inquire(space, {'timerange.end': '2026-01-01'}, api)
         self.assertEqual(self.files(), ['my.rc'])
+        for name in ('a.nc', 'S6A_x.SEN6', 'a..b', 'K\xf6nigsberg.nc', 'console.nc'):
+            with self.subTest(name):
+                self.tell(space, 'odata', page_of('odata', odata_entry(Name=name)))
+                self.assertEqual(self.names(space, {'timerange.end': '2026-01-01'}), [name])
 
     def test_what_services_say_reaches_the_user(self):
         space = self.use(DataSpace([]))
@@ -4130,7 +3713,7 @@ class CatalogueTest(CatalogueCase):
                 ({'code': 'NotFoundError', 'description': 'No such thing'}, 'No such thing'),
                 ({'message': 'Malformed', 'code': 'DAT-ZIP-104'}, 'Malformed.*DAT-ZIP-104'),
                 (b'<html><head><title>x</title><style>a{}</style></head><h1>Bad\n request</h1>',
-                 r'Bad request\b'), (b'plain words', 'plain words'), (b'', ''),
+                 r'Bad request\b'), (b'plain words', 'plain words'),
                 ([['odd'], {'detail': None}], 'odd')):
             for api in APIS:
                 with self.subTest(api, body=body):
@@ -4142,18 +3725,6 @@ class CatalogueTest(CatalogueCase):
                     self.assertNotIn('\n', str(caught.exception))
                     # OData is asked once more, without $select
                     self.assertEqual(space.count(api), 2 if api == 'odata' else 1)
-
-    def test_spellings_of_collections(self):
-        kinds = {'1': 'IW_GRDH_1S', '2': 'S2MSI1C', '3': 'SR_2_WAT___', '5P': 'L2__O3____',
-                 '6': 'P4_2__LR_____'}
-        with DataSpace() as space:
-            for number, producttype in kinds.items():
-                known = {self.tables(space, {'collection': spelling % number,
-                                             'producttype': producttype})
-                         for spelling in ('Sentinel%s', 'SENTINEL-%s')}
-                with self.subTest(number):
-                    self.assertEqual(len(known), 1)
-                    self.assertIn('Products(', known.pop())
 
     def test_other_missions_without_type(self):
         with DataSpace() as space:
@@ -4203,62 +3774,58 @@ class CatalogueTest(CatalogueCase):
                 ('-30,30,35,70', [(-35, 25, 40, 75)]), ('5,5,5,5', [(0, 0, 10, 10)]),
                 ('170,-50,-170,50', [(165, -55, 180, 55), (-180, -55, -165, 55)]),
                 ('0,0,360,1', [whole]), ('0,0,350,1', [whole])):
-            query = cso.Query('', 'Sentinel5P', '', day, day, cso.Box.from_text(area), 'odata', True)
+            query = cso.Query('', 'Sentinel5P', '', day, day, cso.Box.from_text(area), 'odata',
+                              True)
             with self.subTest(area):
                 self.assertEqual(cso.wider_boxes(query), boxes)
 
     def test_a_list_of_collections_in_many_pages(self):
         """Each page of it is no page of products that brings nothing new."""
-        next_link = [{'rel': 'next', 'href': 'collections?page=2'}]
-        none = {'type': 'FeatureCollection', 'features': []}
-        many = [{'collections': [{'id': 'sentinel-2-' + name}], 'links': next_link}
-                for name in 'abc'] + [{'collections': [{'id': 'sentinel-2-d'}]}, none]
-        again = [dict(many[0]), dict(many[0]), none]
-        day = datetime.datetime(2025, 1, 1)
-        query = cso.Query('http://127.0.0.1/v1', 'Sentinel2', '', day, day)
-        for pages, raised in ((many, False), (again, True)):
-            asked = []
-
-            class Pages:
-                retry = cso.Retry(1)
-                note = staticmethod(asked.append)
-
-                def read_json(self, request, retry=None):
-                    return pages.pop(0)
-            with self.subTest(raised=raised), contextlib.ExitStack() as stack:
-                if raised:
-                    stack.enter_context(self.assertRaisesRegex(cso.CatalogueError, 'nothing new'))
-                self.assertEqual(list(cso.search(query, Pages())), [])
-                self.assertIn('sentinel-2-a,sentinel-2-b,sentinel-2-c,sentinel-2-d', asked[-1].url)
+        def tell(page):
+            space.faults.add('told', 'stac', body=page)
+        space, more = self.use(DataSpace([])), [{'rel': 'next', 'href': 'collections?page=2'}]
+        for names, error in (('abcd', None), ('aad', 'nothing new')):
+            with self.subTest(names), contextlib.ExitStack() as stack:
+                space.faults.clear()
+                for name in names[:-1]:
+                    tell({'collections': [{'id': 'sentinel-2-' + name}], 'links': more})
+                tell({'collections': [{'id': 'sentinel-2-' + names[-1]}]})
+                if error:
+                    stack.enter_context(self.assertRaisesRegex(cso.CatalogueError, error))
+                self.assertEqual(self.inquire(space, {'collection': 'Sentinel2'}, 'stac'), [])
+                self.assertIn('collections=' + ','.join('sentinel-2-' + name for name in names),
+                              space.requests[-1][1])
 
     def test_links_of_stac_that_are_merged(self):
-        link = {'rel': 'next', 'href': 'search', 'method': 'POST', 'body': {'token': 'x'}}
-        request = cso.Request('http://127.0.0.1/v1/search', {'limit': 5})
-        for merge, body in ((True, {'limit': 5, 'token': 'x'}), (False, {'token': 'x'})):
-            with self.subTest(merge):
-                following = cso.Stac.following({'links': [dict(link, merge=merge)]}, request)
-                self.assertEqual(following, request._replace(body=body))
+        more, area = {'token': FIRST_PAGE}, {'area': '170,-50,-170,50', 'area.filter': 'server'}
+        for merge in (True, False):
+            with self.subTest(merge), DataSpace([]) as space:
+                space.faults.add('told', 'stac', body=dict(page_of('stac', stac_entry()), links=[{
+                    'rel': 'next', 'href': 'search', 'method': 'POST', 'merge': merge,
+                    'body': more}]))
+                self.inquire(space, area, 'stac')
+                first, second = [json.loads(body.decode()) for _, _, _, body in space.requests]
+                self.assertEqual(second, dict(first, **more) if merge else more)
 
 
 class PagingTest(CatalogueCase):
     """A list is complete, or there is an error and the old table stays."""
 
-    FULL, ERROR, EITHER = 'full', 'error', 'full or error'
+    FULL, ERROR = 'full', 'error'
     FAULTS = (          # kind, how often (None: for ever), details, how it ends
         ('429', 1, {}, FULL), ('429', 2, {'retry_after': 7}, FULL),
         ('429', 1, {'retry_after': 'date', 'seconds': 30}, FULL),
         ('503', 2, {}, FULL), ('503', None, {}, ERROR),
         ('html', 1, {}, FULL), ('html', None, {}, ERROR), ('empty', 1, {}, FULL),
-        ('json', None, {}, ERROR), ('cut-json', 1, {}, FULL),
+        ('json', None, {}, ERROR), ('cut', 1, {}, FULL),
         ('rst', 1, {}, FULL), ('drop', 1, {}, FULL), ('drop', None, {}, ERROR),
         ('400', 2, {}, ERROR),
-        ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL), ('empty-page', 1, {}, EITHER),
-        ('empty-page', None, {}, ERROR), ('repeat', 1, {}, EITHER), ('repeat', None, {}, EITHER),
-        ('repeat', None, {'same_link': True}, EITHER))
+        ('short-page', 1, {}, FULL), ('short-page', None, {}, FULL),
+        ('empty-page', None, {}, ERROR), ('repeat', None, {}, ERROR),
+        ('repeat', None, {'same_link': True}, ERROR))
 
     def test_faults_on_first_middle_and_last_page(self):
         self.small_pages()
-        ends = collections.Counter()
         with DataSpace(list(made_products(25, checksum='')), keep_pages=True) as space:
             for api in APIS:
                 whole = self.table(space, {}, api)
@@ -4270,16 +3837,15 @@ class PagingTest(CatalogueCase):
                         with self.subTest(api, kind=kind, times=times, page=page, **detail):
                             space.faults.clear()
                             fault = space.faults.add(kind, api, times, page, **detail)
-                            ends[self.run_into(space, api, whole, expected)] += 1
+                            self.run_into(space, api, whole, expected)
                             self.assertGreater(fault.taken, 0)
                             if 'retry_after' in detail:
                                 self.assertGreater(min(self.waits), 6)
                 space.faults.clear()
                 space.kinds.clear()
-        self.assertGreater(min(ends.values()), 60, ends)
 
     def run_into(self, space, api, whole, expected):
-        """Inquire; how it ended, after a look at the table, the warnings and the folder."""
+        """Inquire and look at the end, the table, the warnings and the folder."""
         self.write('table.csv', 'old')
         del self.waits[:]
         with mock.patch.object(cso.log, 'warning') as warning:
@@ -4289,10 +3855,8 @@ class PagingTest(CatalogueCase):
             except cso.DataSpaceError as error:
                 table, ended = self.read('table.csv'), self.ERROR
                 self.assertIn('127.0.0.1', str(error))
-        self.assertIn(ended, expected)
-        self.assertEqual(table, whole if ended == self.FULL else b'old')
+        self.assertEqual((ended, table), (expected, whole if expected == self.FULL else b'old'))
         self.assertEqual(self.files(), ['my.rc', 'table.csv'])
-        return ended
 
     def test_stalls(self):
         self.small_pages(5)
@@ -4339,21 +3903,18 @@ class PagingTest(CatalogueCase):
         """An empty or an old page in the place of a later one: the list would look whole."""
         self.small_pages()
         self.write('table.csv', 'old')
-        empty = {'odata': {'value': []},
-                 'opensearch': {'type': 'FeatureCollection', 'features': []}}
-        old = {'odata': {'value': [odata_entry(ContentDate={'Start': '2018-07-01T00:34:45Z',
-                                                            'End': '2018-07-01T01:34:45Z'})]},
-               'opensearch': {'type': 'FeatureCollection', 'features': [resto_entry(
-                   startDate='2018-07-01T00:34:45Z', completionDate='2018-07-01T01:34:45Z')]}}
+        start, end = '2018-07-01T00:34:45Z', '2018-07-01T01:34:45Z'
+        old = {'odata': odata_entry(ContentDate={'Start': start, 'End': end}),
+               'opensearch': resto_entry(startDate=start, completionDate=end)}
         with DataSpace(made_products(35)) as space:
-            for api, pages in [(api, pages) for api in empty for pages in (empty, old)]:
-                for page in (1, 3):
-                    with self.subTest(api, page=page, body=pages[api]):
-                        space.faults.clear()
-                        space.faults.add('told', api, 1, page, body=pages[api])
-                        with self.assertRaises(cso.DataSpaceError):
-                            self.inquire(space, {}, api)
-                        self.assertEqual(self.read('table.csv'), b'old')
+            for api, entries, page in itertools.product(old, (0, 1), (1, 3)):
+                with self.subTest(api, page=page, entries=entries):
+                    space.faults.clear()
+                    space.faults.add('told', api, 1, page, body=page_of(
+                        api, *[old[api]] * entries))
+                    with self.assertRaises(cso.DataSpaceError):
+                        self.inquire(space, {}, api)
+                    self.assertEqual(self.read('table.csv'), b'old')
 
     def test_many_products_with_one_start(self):
         for count, size, limit in ((1500, 1000, None), (150, 10, None), (40, 30, 7), (10, 10, None),
@@ -4405,33 +3966,15 @@ class PagingTest(CatalogueCase):
 
     def test_long_list_in_little_memory(self):
         """12,000 products: OData refuses to skip over 10,000, and leaves the link out there."""
-        code = """if True:
-            import re, sys
-            sys.path.insert(0, sys.argv[1])
-            import cso_dataspace as cso
-            rows = cso.inquire(cso.read_settings(sys.argv[2]), 'my')
-            try:
-                with open('/proc/self/status') as status:
-                    peak = int(re.search(r'VmHWM:\\s*(\\d+)', status.read()).group(1)) << 10
-            except OSError:         # no Linux; there this one would count the parent's memory too
-                import resource
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                peak <<= 0 if sys.platform == 'darwin' else 10
-            print(len(rows), len(set(row.product_id for row in rows)), peak)"""
-        try:
-            import resource  # noqa: F401
-        except ImportError:
-            self.skipTest('no resource module here')
         count = 12000
         with DataSpace(made_products(count, step_seconds=60, checksum='')) as space:
-            done = subprocess.run([sys.executable, '-c', code, os.path.dirname(cso.__file__),
-                                   self.rc(space)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            rcfile = self.rc(space, {'output.columns': 'product_id'})
+            out = subprocess.check_output(
+                python(OURS, 'inquire', rcfile), timeout=90, stderr=subprocess.DEVNULL,
+                env=dict(os.environ, PYTHONPATH=HERE))
             self.assertLess(space.count('odata'), count / 1000 + 4)
-        self.assertEqual(done.returncode, 0, done.stderr.decode())
-        found, distinct, peak = map(int, done.stdout.split())
-        self.assertEqual((found, distinct), (count, count))
-        self.assertEqual(self.read('table.csv').count(b'\n'), 1 + count)
-        self.assertLess(peak, 64e6)
+        self.assertEqual(len(set(self.read('table.csv').split())), 1 + count)
+        self.assertLess(float(out.decode()), 61)
 
 
 class RetiredTest(CatalogueCase):
@@ -4466,12 +4009,10 @@ class RetiredTest(CatalogueCase):
                 del self.waits[:]
                 table = self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
                 self.assertEqual(table, self.expected)
-                told = [record.getMessage() for record in logged.records]
-                retired = [text for text in told if 'retired' in text]
-                self.assertEqual(len(retired), 1)
-                self.assertIn('http://%s/odata/v1' % CATALOGUE, retired[0])
-                self.assertEqual(len(told), 1 + len(self.waits))
-                self.assertLessEqual(len(self.waits), 1)
+            retired, = [text for text in logged if 'retired' in text]
+            self.assertIn('http://%s/odata/v1' % CATALOGUE, retired)
+            self.assertEqual(len(logged), 1 + len(self.waits))
+            self.assertLessEqual(len(self.waits), 1)
 
     def test_asked_for_by_name_it_is_an_error(self):
         self.write('table.csv', 'old')
@@ -4499,12 +4040,6 @@ class RetiredTest(CatalogueCase):
             with self.subTest(how), self.assertRaises(cso.DataSpaceError):
                 self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE})
             self.assertEqual(self.read('table.csv'), self.expected)
-
-    def test_while_it_lives_it_answers(self):
-        before = self.space.count('odata')
-        self.assertEqual(self.table(self.space, {'url': 'http://%s/resto/api' % CATALOGUE}),
-                         self.expected)
-        self.assertEqual(self.space.count('odata'), before)
 
     def test_when_odata_fails_too_it_is_an_error(self):
         self.retire('410')
@@ -4535,15 +4070,12 @@ class InquireTest(CatalogueCase):
         expected = {'NO2': HEADER + '21497;2021-12-06 14:05:54;2021-12-06 15:47:24;PAL_;02;020301;'
                                     '%s;%s\n' % (no2.name, ZIPPER % no2.id),
                     'CH4': HEADER + CH4_ROW}
-        chain = certificate(self.folder, [CATALOGUE])
-        if not chain:
-            self.skipTest('no openssl here')
-        os.environ['SSL_CERT_FILE'] = chain.authority
+        os.environ['SSL_CERT_FILE'], tls = certificate(self.folder, [CATALOGUE])
         for mode, warnings in (('on', 0), ('retired-410', 1)):
-            with DataSpace([CH4, no2], tls=chain.context(), opensearch=mode) as space, \
+            with DataSpace([CH4, no2], tls=tls, opensearch=mode) as space, \
                     names_on_loopback({CATALOGUE: space}):
                 for species, table in expected.items():
-                    with self.subTest(species, mode=mode), self.logged() as logged:
+                    with self.subTest(species, mode=mode), self.logged('WARNING') as logged:
                         work = self.path(mode, species)
                         rcfile = self.write('doc.rc', self.DOCUMENTED.replace(
                             'L2__NO2', 'L2__' + species))
@@ -4551,9 +4083,9 @@ class InquireTest(CatalogueCase):
                         name, = os.listdir(work)
                         self.assertRegex(name, r'^PAL_S5P_NO2_20\d\d-\d\d-\d\d\.csv$')
                         self.assertEqual(self.read(work, name).decode(), table)
-                        self.assertEqual(len(done.rows), 1)
-                        self.assertEqual(sum(record.levelname == 'WARNING'
-                                             for record in logged.records), warnings)
+                        self.assertEqual((len(done.rows), space.count('odata') > 0),
+                                         (1, mode != 'on'))
+                    self.assertEqual(len(logged), warnings)
 
     def test_bad_settings(self):
         mistakes = (    # setting, value (None: not there), what is said beside setting and place
@@ -4566,13 +4098,14 @@ class InquireTest(CatalogueCase):
             ('producttype', 'CH4', 'L2__CH4___'), ('producttype', 'ch4', 'L2__CH4___'),
             ('producttype', 'L2__CO', 'L2__CO____'), ('producttype', 'SO2', 'L2__SO2___'),
             ('producttype', 'HCHO', 'L2__HCHO__'), ('producttype', 'CLOUD', 'L2__CLOUD_'),
-            ('collection', 'Sentinl5P', 'expected S'), ('collection', 'Sentinel/5P', 'expected S'),
+            ('collection', 'Sentinl5P', 'expected S'), ('collection', '../x', 'expected S'),
             ('area', '35,30,-30', 'west,south,east,north'), ('area', '-30,76,35,30', 'south'),
             ('area', '30,-30,76,135', '90'), ('area', 'Europe', 'west,south,east,north'),
             ('area', '-400,0,1,1', '360'), ('area.minimum', '101', '0 to 100'),
             ('area.minimum', 'half', "'half'"), ('area.filter', 'remote', 'local or server'),
             ('api', 'rest', 'odata'), ('url', 'catalogue.dataspace.copernicus.eu', 'https://'),
-            ('url', 'https://example.org/api', 'api'), ('best', 'maybe', "'maybe'"),
+            ('url', 'https://example.org/api', 'api'),
+            ('url', 'https://me:secret@example.org/odata', "'...@example.org/odata'"), ('best', 'maybe', "'maybe'"),
             ('download_url', 'https://example.org/Products()/$value', '{product_id}'),
             ('output.columns', 'orbit;md6', 'md6'), ('selection', '%{orbit} ==', 'expression'),
             ('selection', "__import__('os')", '__import__'), ('dmode', 'rwx', 'octal'),
@@ -4603,9 +4136,19 @@ class InquireTest(CatalogueCase):
                     self.inquire(space, {'collection': 'Landsat9'}, api)
         self.assertEqual(self.read('table.csv'), b'old')
 
+    def test_who_filters_by_area_first(self):
+        with DataSpace() as space:
+            for collection, place, asked in (('Sentinel5P', '', False), ('Sentinel2', '', True),
+                                             ('Sentinel5P', 'server', True),
+                                             ('Sentinel2', 'local', False)):
+                with self.subTest(collection, place=place):
+                    self.inquire(space, {'collection': collection, 'area': '0,0,10,10',
+                                         'area.filter': place})
+                    self.assertEqual('Intersects' in space.requests[-1][1], asked)
+
     def test_types_of_other_missions_pass_as_they_are(self):
         with DataSpace() as space:
-            for producttype in ('S2MSI1C', 'GRD', 'x', "it's"):
+            for producttype in ('S2MSI1C', "it's"):
                 self.inquire(space, {'collection': 'Sentinel2', 'producttype': producttype})
                 asked = urllib.parse.unquote(space.requests[-1][1])
                 self.assertIn("eq '%s'" % producttype.replace("'", "''"), asked)
@@ -4615,16 +4158,14 @@ class InquireTest(CatalogueCase):
         midnight = s5p(name % ('231500', '005600'), '2018-07-01T23:36:40Z', '2018-07-02T00:34:30Z')
         later = s5p(name % ('234500', '012600'), '2018-07-02T00:06:40Z', '2018-07-02T01:04:30Z')
         edge = s5p(name % ('000000', '000001'), '2018-07-03T00:00:00Z', '2018-07-03T00:50:00Z')
-        days = {'2018-06-30': '', '2018-07-01': 'm', '2018-07-02': 'lm', '2018-07-03': 'e'}
         letters = {midnight.name: 'm', later.name: 'l', edge.name: 'e'}
         with DataSpace([midnight, later, edge]) as space:
             for api in APIS:
-                for day, expected in days.items():
-                    found = self.names(space, {'timerange.start': day + ' 00:00',
-                                               'timerange.end': day + ' 23:59:59'}, api)
-                    with self.subTest(api, day=day):
-                        self.assertEqual(''.join(sorted(letters[name] for name in found)), expected)
                 for start, end, expected in (       # ends included
+                        ('2018-06-30', '2018-06-30 23:59:59', ''),
+                        ('2018-07-01', '2018-07-01 23:59:59', 'm'),
+                        ('2018-07-02', '2018-07-02 23:59:59', 'lm'),
+                        ('2018-07-03', '2018-07-03 23:59:59', 'e'),
                         ('2018-07-02 01:04:30', '2018-07-02 02:00', 'l'),
                         ('2018-07-02 01:04:31', '2018-07-02 02:00', ''),
                         ('2018-07-02 12:00', '2018-07-03 00:00', 'e'),
@@ -4655,10 +4196,8 @@ class InquireTest(CatalogueCase):
         """Names of an inquiry of which one step is logged in one line that matches."""
         with self.logged() as logged:
             names = self.names(space, settings)
-        lines = [record.getMessage() for record in logged.records
-                 if record.getMessage().startswith(step)]
-        self.assertEqual(len(lines), 1, lines)
-        self.assertRegex(lines[0], said)
+        line, = [text for text in logged if text.startswith(step)]
+        self.assertRegex(line, said)
         return names
 
     def test_selection(self):
@@ -4703,7 +4242,7 @@ class InquireTest(CatalogueCase):
             ('OFFL', whole, '00003', '01', '010302', '200101T050000'))]
         with DataSpace([s5p(name) for name in names]) as space:
             found = self.kept(space, {'best': 'True'}, 'best', '4 kept, 7 dropped .*RPRO')
-            self.assertEqual(set(found), {names[k] for k in (0, 6, 8, 9)})
+            self.assertEqual(found, [names[k] for k in (8, 6, 9, 0)])       # newest first
             self.assertEqual(len(self.names(space, {'best': 'False'})), 11)
             self.assertEqual(len(self.names(space)), 11)
             found = self.names(space, {'best': 'True', 'selection': "%{processing} \\!= 'RPRO'"})
@@ -4717,7 +4256,7 @@ class InquireTest(CatalogueCase):
             ring = '-5,-5 %s,-5 %s,15 -5,15 -5,-5' % (east, east)
             return s5p('S5P_OFFL_L2__NO2____2020010%dT023416_2020010%dT041546_11488_03_020400_'
                        '20221120T003820.nc' % (day, day), geometry=geometry and typed_geometry(
-                           'Polygon', ring.split()))
+                           'Polygon', ring))
         records = [covering(1, 15), covering(2, 5), covering(3, 0.5), covering(4, -1),
                    covering(5, 0, None)]
         with DataSpace(records) as space:
@@ -4735,17 +4274,15 @@ class InquireTest(CatalogueCase):
             self.assertEqual(len(self.names(space)), 5)
 
     def test_missing_footprints_are_a_warning_only_where_there_should_be_one(self):
-        with DataSpace() as space, self.logged() as logged:
+        with DataSpace() as space, self.logged('WARNING') as logged:
             names = self.names(space, {'producttype': 'L2__O3_TCL', 'area': '-30,30,35,76'})
             self.assertEqual(len(names), 3)
             self.assertEqual(names, self.names(space, {
                 'producttype': 'L2__O3_TCL', 'area': '40,40,41,41', 'area.filter': 'server'}))
-            self.assertNotIn('WARNING', [record.levelname for record in logged.records])
-        with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged() as logged:
+        self.assertEqual(logged, [])
+        with DataSpace([s5p(NO2, geometry=None)]) as space, self.logged('WARNING') as logged:
             self.inquire(space, {'area': '-30,30,35,76', 'timerange.end': '2026-01-01'})
-            told, = [record.getMessage() for record in logged.records
-                     if record.levelname == 'WARNING']
-            self.assertIn('footprints: 1 of ', told)
+        self.assertIn('footprints: 1 missing', *logged)
 
     def test_columns(self):
         with DataSpace([CH4._replace(content=321)]) as space:
@@ -4762,7 +4299,7 @@ class InquireTest(CatalogueCase):
                     content=321)), '')))
 
     def test_geojson(self):
-        pacific = typed_geometry('Polygon', '170,0 -170,0 -170,10 170,10 170,0'.split())
+        pacific = typed_geometry('Polygon', '170,0 -170,0 -170,10 170,10 170,0')
         names = [NO2.replace('20250311T1', '2025031%dT1' % day) for day in (1, 2, 3)]
         records = [s5p(name, geometry=geometry) for name, geometry in zip(
             names, (EUROPE, pacific, None))]
@@ -4791,10 +4328,9 @@ class InquireTest(CatalogueCase):
                         self.path('x.geojson'))}, api)
                     self.assertIn(b'"features": []', self.read('x.geojson'))
                     self.assertEqual(table.decode(), HEADER)
-                    said, = [record.getMessage() for record in logged.records]
-                    for word in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76',
-                                 space.url):
-                        self.assertIn(word, said)
+                for word in ('nothing found', 'L2__NO2___', '2015-01-01', '-30,30,35,76',
+                             space.url):
+                    self.assertIn(word, *logged)
 
     def test_date_of_today_in_names(self):
         today = datetime.datetime(2026, 11, 5, 23, 59)
@@ -4827,8 +4363,9 @@ class TableTest(CatalogueCase):
         self.assertEqual([row.filename for row in rows], names)
         self.assertEqual(';'.join(rows[0][:6]),
                          '02818;2018-04-30 00:20:50;2018-04-30 02:01:20;RPRO;01;010105')
-        twins = [self.row(product_id='1'), self.row(product_id='2')]
-        self.assertEqual(cso.newest_first(twins[::-1]), twins)
+        ids = [UUID, UUID.replace('b3', 'b4')]
+        with DataSpace([s5p(names[0], id=id) for id in reversed(ids)]) as space:
+            self.assertEqual([row.product_id for row in self.inquire(space)], ids)
 
     def row(self, **fields):
         return cso.Row(**dict(dict.fromkeys(HEADER.strip().split(';'), ''),
@@ -4861,11 +4398,13 @@ class TableTest(CatalogueCase):
                            ('bom', '\ufeff' + HEADER + row + '\n'), ('quoted', quoted),
                            ('turned', turned), ('blank lines', HEADER + '\n' + row + '\n\n'),
                            ('spaces', HEADER.replace(';', ' ; ') + row.replace(';', ' ; ')),
-                           ('more columns', HEADER.replace('\n', ';notes\n') + row + ';;\n'[1:])):
+                           ('more columns', HEADER.replace('\n', ';notes\n') + row + ';\n')):
             with self.subTest(what):
                 self.assertEqual(cso.read_table(self.write('t.csv', text)), [expected])
-        few = cso.read_table(self.write('t.csv', 'href;filename\n%s;a.nc\n' % (DOWNLOAD % UUID)))
-        self.assertEqual(few, [self.row()._replace(filename='a.nc')])
+        few = self.row()._replace(filename='a.nc')
+        for md5, known in (('a' * 32, 'a' * 32), ('A' * 32, 'a' * 32), ('N/A', '')):
+            table = self.write('t.csv', 'href;md5;size;filename\n%s;%s;;a.nc\n' % (few.href, md5))
+            self.assertEqual(cso.read_table(table), [few._replace(md5=known)])
 
     def test_broken_tables(self):
         good = HEADER + CH4_ROW
@@ -4873,19 +4412,15 @@ class TableTest(CatalogueCase):
                 (3, good + CH4_ROW.replace(';03;', ';'), '7 fields.*8'),
                 (3, good + CH4_ROW.strip() + ';more\n', '9 fields.*8'),
                 (4, good + CH4_ROW + '\n'.join(['11488']), '1 fields'),
-                (2, HEADER + CH4_ROW.replace('https:', 'file:'), 'no href'),
-                (2, HEADER + CH4_ROW.replace(ZIPPER % UUID, ''), 'no href'),
-                (2, HEADER + CH4_ROW.replace(ZIPPER % UUID, 'https:///x'), 'no href'),
-                (3, good + CH4_ROW.replace('value', 'va lue'), 'no href'),
-                (3, good + CH4_ROW.replace(CH4.name, '../' + CH4.name), 'file name'),
-                (3, good + CH4_ROW.replace(CH4.name, 'C:\\x.nc'), 'file name'),
-                (3, good + CH4_ROW.replace(CH4.name, '..'), 'file name'),
-                (3, good + CH4_ROW.replace(CH4.name, ''), 'file name'),
+                *((2, HEADER + CH4_ROW.replace(ZIPPER % UUID, href), 'no href') for href in (
+                    '', 'www', 'https:///x', 'file:///etc/hosts', 'javascript:x', 'https://x/a b')),
+                *((3, good + CH4_ROW.replace(CH4.name, name), 'file name') for name in (
+                    '', '..', '../x.nc', '/tmp/x.nc', 'C:\\x.nc', 'a\\x.nc', 'x\x01.nc')),
                 (2, 'filename;href;size\na.nc;https://x/;many\n', 'size'),
                 (1, 'a;b\n1;2\n', 'filename and href'), (1, '', 'filename'),
                 (1, HEADER.replace('href', 'url'), 'href'),
-                (1, '<!DOCTYPE html>\n<html>\n', 'filename'),
-                (3, good + '"' + CH4_ROW, '')):
+                (1, '<!DOCTYPE html>\n<html>\n', 'filename'), (1, '\n', 'filename'),
+                (1, 'filename\nx.nc\n', 'href'), (3, good + '"' + CH4_ROW, '')):
             with self.subTest(said, text=text):
                 path = self.write('t.csv', text)
                 with self.assertRaisesRegex(cso.TableError, '(?s)^%s:%d: .*%s' % (
@@ -4908,7 +4443,7 @@ class TableTest(CatalogueCase):
         rows = [self.row(), self.row()._replace(href=ZIPPER % UUID), self.row()]
         with self.logged('WARNING') as logged:
             task, = cso.tasks_of(rows)
-        self.assertEqual((task.href, len(logged.records)), (rows[0].href, 1))
+        self.assertEqual((task.href, len(logged)), (rows[0].href, 1))
 
     def test_no_column_leads_out_of_the_folder(self):
         for orbit, expected in (('02818', 'data/02818'), ('', 'data/unknown'), ('..', None),
@@ -4945,52 +4480,18 @@ def switch_on(space, text):
                                   for name, value in details})
 
 
-def rows_of_text(text):
-    """The rows of a table typed with two or more spaces between its columns."""
-    return [re.split(r"  +", line.strip()) for line in text.strip().splitlines()]
+def stand_in(faults="", records=ORBITS, **options):
+    """A DataSpace in which faults are switched on from its beginning."""
+    space = DataSpace(records, **options)
+    switch_on(space, faults)
+    return space
 
 
-@fault("headless-206", "lying-range", "uninvited-206", "blind-206")
-def fault_of_206(space, request, respond, detail):
-    """206 without Content-Range; with the range asked, but other bytes; uninvited; of a new object."""
-    if detail["kind"] == "blind-206":
-        space.change(request.names[0])
-        del request.headers["If-Range"]
-    if detail["kind"] == "uninvited-206":
-        request.range = "bytes=100-"
-    answer = respond()
-    if detail["kind"] == "headless-206":
-        del answer.headers["Content-Range"]
-    elif detail["kind"] == "lying-range":
-        answer.blocks = [bytes(answer.length)]
-    return answer
-
-
-@fault("leisurely")
-def fault_leisurely(space, request, respond, detail):
-    """A file of which the second half keeps the transfer open for a while."""
-    answer = respond()
-    if answer.record:
-        def halves(body):
-            yield body[:len(body) // 2]
-            space.closing.wait(0.03)
-            yield body[len(body) // 2:]
-        answer.blocks = halves(answer.body)
-    return answer
-
-
-@fault("two-files", "broken-zip", "zip-of-paths")
-def fault_of_zip(space, request, respond, detail):
-    """A zip with two .nc files, one that ends early, or one whose name leads out of the folder."""
-    answer, packed = respond(), io.BytesIO()
-    names = {"two-files": ("a.nc", "b.nc"), "zip-of-paths": ("../../out.nc",)}
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name in names.get(detail["kind"], ("a.nc",)):
-            archive.writestr(name, answer.body)
-    whole = packed.getvalue()
-    answer.blocks = [whole[:-40] if detail["kind"] == "broken-zip" else whole]
-    answer.length = len(answer.body)
-    return answer
+def ends_of_faults(text):
+    """(faults, state, requests) from lines such as "verified after 2: fin at=1, html | drop"."""
+    for state, requests, cases in re.findall(r"(?m)^(\S.*) after (\d): ((?:.*\n    )*.*)$", text):
+        for faults in " ".join(cases.split()).split(" | "):
+            yield faults, state, int(requests)
 
 
 class DownloadCase(Case):
@@ -5004,6 +4505,14 @@ class DownloadCase(Case):
         """Go on in an empty folder."""
         self.folder = tempfile.mkdtemp(dir=os.path.dirname(self.folder))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def afresh(self, *words, **more):
+        """A subTest in an empty folder, before any wait."""
+        with self.subTest(*words, **more):
+            self.new_folder()
+            self.waits = []
+            yield
 
     def asked(self, space, record=None, kind="/$value"):
         """The (path, headers) of the requests for the bytes of a record, or of all."""
@@ -5021,6 +4530,11 @@ class DownloadCase(Case):
     def assertNothingElse(self, *records):
         self.assertEqual(self.files(), sorted(record.name for record in records))
 
+    def assertOnly(self, space, *records):
+        """The files of these records are here and right, and nothing else is."""
+        self.assertRight(space, *records)
+        self.assertNothingElse(*records)
+
     def table(self, space, records, name="table.csv"):
         rows = ["%s;%s;%d;%s" % (record.name, space.href(record), space.size(record),
                                  space.md5(record)) for record in records]
@@ -5035,75 +4549,47 @@ class HttpTest(DownloadCase):
     """One exchange: who sees the token, where redirects lead, what is tried again and when."""
 
     def test_who_may_see_the_token(self):
-        for url, trusted, expected in (
-                ("https://dataspace.copernicus.eu/x", (), True),
-                ("https://download.dataspace.copernicus.eu/x", (), True),
-                ("https://DOWNLOAD.DataSpace.Copernicus.EU:443/x", (), True),
-                ("http://127.0.0.1:8000/x", (), True), ("http://localhost:8000/x", (), True),
-                ("http://[::1]:8000/x", (), True),
-                ("https://zipper.creodias.eu/x", ("zipper.creodias.eu",), True),
-                ("https://zipper.creodias.eu/x", (), False),
-                ("https://other.creodias.eu/x", ("zipper.creodias.eu",), False),
-                ("http://zipper.creodias.eu/x", ("zipper.creodias.eu",), False),
-                ("http://download.dataspace.copernicus.eu/x", (), False),
-                ("ftp://download.dataspace.copernicus.eu/x", (), False),
-                ("https://evildataspace.copernicus.eu/x", (), False),
-                ("https://copernicus.eu/x", (), False),
-                ("https://dataspace.copernicus.eu.evil.org/x", (), False),
-                ("https://evil.org/dataspace.copernicus.eu", (), False),
-                ("https://evil.org?https://dataspace.copernicus.eu", (), False),
-                ("https://dataspace.copernicus.eu@evil.org/x", (), False),
-                ("http://127.0.0.1.evil.org/x", (), False),
-                ("http://localhost.evil.org/", (), False)):
-            with self.subTest(url, trusted=trusted):
-                self.assertEqual(bool(cso.may_see_token(url, trusted)), expected)
+        for expected, trusted, urls in (
+                (True, (), "https://dataspace.copernicus.eu/x http://127.0.0.1:8000/x "
+                 "https://download.dataspace.copernicus.eu/x http://localhost:8000/x "
+                 "https://DOWNLOAD.DataSpace.Copernicus.EU:443/x http://[::1]:8000/x"),
+                (True, ("zipper.creodias.eu",), "https://zipper.creodias.eu/x"),
+                (False, ("zipper.creodias.eu",), "https://other.creodias.eu/x "
+                 "http://zipper.creodias.eu/x"),
+                (False, (), "https://zipper.creodias.eu/x https://copernicus.eu/x "
+                 "http://download.dataspace.copernicus.eu/x https://evildataspace.copernicus.eu/x "
+                 "ftp://download.dataspace.copernicus.eu/x http://127.0.0.1.evil.org/x "
+                 "https://dataspace.copernicus.eu.evil.org/x http://localhost.evil.org/ "
+                 "https://evil.org/dataspace.copernicus.eu "
+                 "https://evil.org?https://dataspace.copernicus.eu "
+                 "https://dataspace.copernicus.eu@evil.org/x")):
+            for url in urls.split():
+                with self.subTest(url, trusted=trusted):
+                    self.assertEqual(bool(cso.may_see_token(url, trusted)), expected)
 
     def test_what_of_a_url_is_shown(self):
         for url, expected in (
-                ("https://me:secret@host.eu:8080/a/b?token=secret#secret", "https://host.eu:8080/a/b"),
-                ("http://secret@host.eu", "http://host.eu"), ("words", "'words'"),
-                ("http://host.eu/\x1b[2J", "http://host.eu/ [2J")):
+                ("https://me:secret@host.eu:80/a/b?token=secret#secret", "https://host.eu:80/a/b"),
+                ("http://secret@host.eu", "http://host.eu"), ("words", "'words'")):
             with self.subTest(url):
                 self.assertEqual(cso.shown(url), expected)
-
-    def test_which_answers_are_tried_again(self):
-        cases = dict.fromkeys((400, 403, 404), 1)
-        cases.update(dict.fromkeys((408, 429, 500, 502, 503, 504), 3))
-        with DataSpace(ORBITS) as space:
-            for record, (status, tries) in zip(itertools.cycle(ORBITS), sorted(cases.items())):
-                with self.subTest(status):
-                    self.new_folder()
-                    space.faults.clear()
-                    space.faults.add(str(status), times=None, text="the words of the service")
-                    before = space.count("value")
-                    session = self.session(space, retry=cso.Retry(3, 1, 9))
-                    with self.assertRaises(cso.HttpError) as caught:
-                        cso.fetch(self.task(space, record), session)
-                    self.assertEqual((caught.exception.status, space.count("value") - before),
-                                     (status, tries))
-                    self.assertIn("the words of the service", str(caught.exception))
-                    self.assertEqual(self.files(), [])
 
     def test_an_id_that_is_none_is_not_tried_again(self):
         with DataSpace(ORBITS) as space:
             task = cso.Task(space.odata + "/Products(x)/$value", self.path("x.nc"))
-            with self.assertRaises(cso.HttpError) as caught:
+            with self.assertRaisesRegex(cso.HttpError, "is not a valid UUID") as caught:
                 cso.fetch(task, self.session(space))
-            self.assertEqual((caught.exception.status, self.waits), (422, []))
+            self.assertEqual((caught.exception.status, self.waits, self.files()), (422, [], []))
 
     def test_waits_grow_up_to_their_bound(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "503 times=6")
+        with stand_in("503 times=6") as space:
             cso.fetch(self.task(space, ORBITS[0]), self.session(space, retry=cso.Retry(9, 2, 40)))
             self.assertRight(space, ORBITS[0])
         self.assertEqual(len(self.waits), 6)
         for k, wait in enumerate(self.waits):
             self.assertLessEqual(min(40, 2 * 2 ** k), wait)
             self.assertLessEqual(wait, min(40, 2 * 2 ** k * 1.25))
-
-    def test_waits_of_many_jobs_differ(self):
-        waits = {cso.Retry(10, 5, 600).wait(3) for _ in range(20)}
-        self.assertGreater(len(waits), 10)
+        self.assertGreater(len({cso.Retry(10, 5, 600).wait(3) for _ in range(20)}), 10, "jitter")
 
     def test_retry_after(self):
         for text, low, high in (
@@ -5111,22 +4597,16 @@ class HttpTest(DownloadCase):
                 ("429 retry_after=date seconds=60", 55, 61), ("429", 1, 1),
                 ("429 retry_after=0", 1, 1), ("503 retry_after=soon", 1, 1),
                 ("429 retry_after=date seconds=-60", 1, 1), ("429 retry_after=500", 500, 500)):
-            with self.subTest(text), DataSpace(ORBITS) as space:
-                self.new_folder()
-                self.waits = []
-                switch_on(space, text)
+            with self.afresh(text), stand_in(text) as space:
                 cso.fetch(self.task(space, ORBITS[0]),
                           self.session(space, retry=cso.Retry(3, 1, 9)))
                 self.assertRight(space, ORBITS[0])
                 self.assertEqual(len(self.waits), 1)
                 self.assertTrue(low <= self.waits[0] <= 1.25 * high, self.waits)
-
-    def test_a_service_that_asks_for_a_day_gets_no_further_try(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "429 times=None retry_after=86400")
+        with stand_in("429 times=None retry_after=86400") as space:         # not tried again
             with self.assertRaisesRegex(cso.HttpError, "86400"):
-                cso.fetch(self.task(space, ORBITS[0]), self.session(space))
-            self.assertEqual((space.count("value"), self.waits), (1, []))
+                cso.fetch(self.known(space, ORBITS[1]), self.session(space))
+            self.assertEqual((space.count("value"), len(self.waits)), (1, 1), "not one more")
 
     def test_redirects_on_one_host(self):
         with DataSpace(ORBITS) as space:
@@ -5152,7 +4632,7 @@ class HttpTest(DownloadCase):
                              [None])
             self.assertIn("Authorization", self.asked(space)[0][1])
 
-    def test_redirects_that_lead_nowhere(self):
+    def test_redirects_and_urls_that_lead_nowhere(self):
         for to in ("{target}", "file:///etc/hosts", "ftp://127.0.0.1/x", "http://", "//[/"):
             with self.subTest(to), DataSpace(ORBITS) as space:
                 space.faults.add("redirect", to=to, times=None)
@@ -5160,6 +4640,11 @@ class HttpTest(DownloadCase):
                     cso.fetch(self.known(space, ORBITS[0]), self.session(space))
                 self.assertLessEqual(space.count("value"), 7)
                 self.assertEqual((self.files(), self.waits), ([], []))
+        for href in ("file:///etc/hosts", "ftp://127.0.0.1/x", "http:///x", "x", "http://[/x"):
+            with self.subTest(href), self.assertRaises(cso.DataSpaceError):
+                cso.fetch(cso.Task(href, self.path("x.nc")), cso.Session(
+                    environ=ENVIRON, sleep=self.waits.append))
+            self.assertEqual((self.files(), self.waits), ([], []))
 
     def test_a_form_follows_no_redirect(self):
         """The password is in it."""
@@ -5175,32 +4660,12 @@ class HttpTest(DownloadCase):
             os.environ["HTTP_PROXY"] = os.environ["http_proxy"] = "http://127.0.0.1:%d" % proxy.port
             cso.fetch(self.known(space, ORBITS[0]), self.session(space))
             self.assertRight(space, ORBITS[0])
-            self.assertEqual(proxy.connections, 0)
-
-    def test_urls_that_are_none(self):
-        for href in ("file:///etc/hosts", "ftp://127.0.0.1/x", "http:///x", "x", "http://[/x"):
-            with self.subTest(href), DataSpace(ORBITS) as space:
-                with self.assertRaises(cso.DataSpaceError):
-                    cso.fetch(cso.Task(href, self.path("x.nc")), self.session(space))
-                self.assertEqual((self.files(), self.waits), ([], []))
-
-    def test_a_body_that_begins_well_and_then_crawls_counts_as_a_stall(self):
-        now, pieces = [0.0], iter([b"x" * 10 ** 6] + [b"x"] * 50)
-
-        class Response:
-            headers = {}
-
-            def read1(self, size):
-                now[0] += 0.4
-                return next(pieces)
-        with self.assertRaisesRegex(cso.HttpError, "under 1000 bytes"):
-            list(cso.chunks(Response(), "http://127.0.0.1/x", 1, lambda: now[0]))
+            self.assertEqual(proxy.requests, [])
 
     def test_what_of_an_error_body_is_said(self):
         for body, expected in (
                 ('{"detail": {"code": "DAT-111", "message": "Bad\\n id"}}', "Bad id: DAT-111"),
                 ("<head>x</head><p>Not <b>here</b>", "Not here"),
-                ('{"message": "\\ud800\\u001b[m"}', "[m"),
                 ("GET / Authorization: Bearer T0.K-en Host", "GET / Authorization: Bearer ... Host"),
                 ('{"message": "for password=s3cret&x=y"}', "for password=...&x=y"), ("", "")):
             with self.subTest(body):
@@ -5255,14 +4720,12 @@ class TokenTest(DownloadCase):
         path = self.netrc("".join(reversed(lines)))
         self.assertEqual(self.user_of({"NETRC": path, "CDSE_USERNAME": "first",
                                        "CDSE_PASSWORD": "p"}), "first")
-        with self.assertRaisesRegex(cso.LoginError, "only one of CDSE_USERNAME and CDSE_PASSWORD"):
-            cso.find_credentials("", {"NETRC": path, "CDSE_USERNAME": "first"})
+        half = cso.Session(environ={"NETRC": path, "CDSE_USERNAME": "first"})
+        self.assertRaisesRegex(cso.LoginError, "only one of CDSE_USERNAME and", half.token.get)
         for k in range(len(hosts)):
             with self.subTest(hosts[k]):
                 path = self.netrc("machine example.eu login x password y\n" + "".join(lines[k:]))
                 self.assertEqual(self.user_of({"NETRC": path}), "user%d" % k)
-
-    def test_netrc_in_the_home_folder(self):
         os.rename(self.netrc("machine dataspace.copernicus.eu login home password p\n"),
                   self.path(".netrc"))
         self.assertEqual(self.user_of({}), "home")
@@ -5272,13 +4735,12 @@ class TokenTest(DownloadCase):
         line = "machine dataspace.copernicus.eu login me password s3cret\n"
         for mode, refused in ((0o600, False), (0o400, False), (0o640, True), (0o604, True)):
             with self.subTest("%o" % mode):
-                environ, session = {"NETRC": self.netrc(line, mode)}, None
+                environ = {"NETRC": self.netrc(line, mode)}
                 session = cso.Session(environ=environ, token_url="http://127.0.0.1:9/token",
                                       retry=cso.Retry(1))
-                with self.assertRaises(cso.DataSpaceError) as caught:
+                with self.assertRaises(cso.LoginError if refused else cso.HttpError) as caught:
                     session.token.get()
                 self.assertEqual("chmod" in str(caught.exception), refused)
-                self.assertEqual(isinstance(caught.exception, cso.LoginError), refused)
                 os.unlink(environ["NETRC"])
 
     def test_no_credentials(self):
@@ -5312,18 +4774,17 @@ class TokenTest(DownloadCase):
 
     def test_two_factors(self):
         secret = "GEZDGNBVGY3TQOJQ"
-        codes = {"fixed": "123456", "computed": lambda: cso.totp(secret, time.time())}
-        for name, environ in (("fixed", {"CDSE_TOTP": "123456"}),
-                              ("computed", {"CDSE_TOTP_SECRET": secret})):
-            with self.subTest(name), DataSpace(ORBITS, totp=codes[name]) as space:
-                self.new_folder()
-                self.fetch_all(space, self.session(space, environ=dict(ENVIRON, **environ)))
-                self.assertRight(space, *ORBITS)
-        for environ, word in (({}, "CDSE_TOTP"),
-                              ({"CDSE_TOTP_SECRET": "1890"}, "CDSE_TOTP_SECRET")):
-            with self.subTest(environ), DataSpace(ORBITS, totp="123456") as space:
-                with self.assertRaisesRegex(cso.LoginError, word):
-                    self.session(space, environ=dict(ENVIRON, **environ)).token.get()
+        for environ, code, missing in (
+                ({"CDSE_TOTP": "123456"}, "123456", None), ({}, "123456", "CDSE_TOTP"),
+                ({"CDSE_TOTP_SECRET": "1890"}, "123456", "CDSE_TOTP_SECRET"),
+                ({"CDSE_TOTP_SECRET": secret}, lambda: cso.totp(secret, time.time()), None)):
+            with self.afresh(environ), DataSpace(ORBITS, totp=code) as space:
+                session = self.session(space, environ=dict(ENVIRON, **environ))
+                if missing:
+                    self.assertRaisesRegex(cso.LoginError, missing, session.token.get)
+                else:
+                    self.fetch_all(space, session)
+                    self.assertRight(space, *ORBITS)
 
     # -- one token
 
@@ -5339,8 +4800,7 @@ class TokenTest(DownloadCase):
                               space.logouts), (1, 12, 0, 1))
 
     def test_size_and_md5_are_asked_once_a_file(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "fin at=100, 503, html")
+        with stand_in("fin at=100, 503, html") as space:
             tasks = [self.task(space, record) for record in ORBITS]
             list(cso.download(tasks, self.session(space)))
             self.assertRight(space, *ORBITS)
@@ -5352,9 +4812,8 @@ class TokenTest(DownloadCase):
         for expires, seconds, refused, counts in (
                 (600, 500, False, (1, 0)), (600, 560, False, (1, 1)), (600, 9000, False, (1, 1)),
                 (600, 9000, True, (2, 0)), (30, 25, False, (1, 1)), (30, 5, False, (1, 0))):
-            with self.subTest((expires, seconds)):
+            with self.afresh((expires, seconds)):
                 now = [1000.0]
-                self.new_folder()
                 with DataSpace(ORBITS, expires_in=expires, refresh_expires_in=20000,
                                clock=lambda: now[0]) as space:
                     session = self.session(space, clock=lambda: now[0])
@@ -5369,8 +4828,7 @@ class TokenTest(DownloadCase):
 
     def test_the_clock_on_the_wall_may_jump(self):
         for hours in (-30, -1, 1, 30):
-            with self.subTest(hours), DataSpace(ORBITS) as space:
-                self.new_folder()
+            with self.afresh(hours), DataSpace(ORBITS) as space:
                 session = self.session(space)
                 self.fetch_all(space, session, ORBITS[:1])
                 with mock.patch.object(time, "time", lambda: 1700000000 + 3600 * hours):
@@ -5379,8 +4837,7 @@ class TokenTest(DownloadCase):
 
     def test_401(self):
         for after, revoke in ((0, False), (3, False), (3, True)):
-            with self.subTest(after, revoke=revoke), DataSpace(list(made_products(6))) as space:
-                self.new_folder()
+            with self.afresh(after, revoke=revoke), DataSpace(list(made_products(6))) as space:
                 session = self.session(space)
                 if not after:
                     switch_on(space, "401")
@@ -5403,15 +4860,13 @@ class TokenTest(DownloadCase):
             self.assertEqual((space.logins, space.refreshes), (1, 1))
 
     def test_401_for_ever(self):
-        with DataSpace(list(made_products(9))) as space:
-            switch_on(space, "401 times=None")
+        with stand_in("401 times=None", list(made_products(9))) as space:
             with self.assertRaises(cso.LoginError):
                 list(cso.download([self.known(space, record) for record in space.records],
                                   self.session(space, connections=1)))
             self.assertLessEqual(space.count("value"), 3)
             self.assertLessEqual(space.count("token"), 2)
-            self.assertEqual(([name for name in self.files() if name.endswith(".nc")], self.waits),
-                             ([], []))
+            self.assertEqual((self.files(), self.waits), ([], []))
 
     def test_tokens_refused_now_and_then_are_no_refused_login(self):
         with DataSpace(ORBITS) as space:
@@ -5452,29 +4907,19 @@ class TokenTest(DownloadCase):
             self.assertEqual((space.logins, self.waits), (2, []))
 
     def test_token_endpoint_in_passing_trouble(self):
-        for text, waits in (("503 on=token", 1), ("503 on=token times=3", 3), ("429 on=token", 1),
-                            ("500 on=token", 1), ("html on=token", 1), ("empty on=token", 1),
-                            ("cut-json on=token", 1), ("drop on=token", 1), ("rst on=token", 1),
-                            ("fin on=token at=5", 1), ("stall-headers on=token", 1),
-                            ("slow on=token seconds=0.02", 0)):
-            with self.subTest(text), DataSpace(ORBITS) as space:
-                self.new_folder()
-                self.waits = []
-                switch_on(space, text)
+        for text, waits in (("429 on=token retry_after=33", 1), ("503 on=token times=3", 3),
+                            ("429 on=token", 1), ("500 on=token", 1), ("503 on=token", 1),
+                            ("html on=token", 1), ("empty on=token", 1),
+                            ("cut on=token", 1), ("drop on=token", 1), ("rst on=token", 1),
+                            ("fin on=token at=5", 1), ("stall-headers on=token", 1)):
+            with self.afresh(text), stand_in(text) as space:
                 self.fetch_all(space, self.session(space, timeout=0.2, retry=cso.Retry(5, 1, 9)))
                 self.assertRight(space, *ORBITS)
                 self.assertEqual((len(self.waits), space.count("value")), (waits, 3))
-
-    def test_token_endpoint_that_asks_to_wait(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "429 on=token retry_after=33")
-            self.fetch_all(space, self.session(space))
-            self.assertEqual(len(self.waits), 1)
-            self.assertTrue(33 <= self.waits[0] <= 1.25 * 33, self.waits)
+                self.assertEqual(33 <= self.waits[0] <= 1.25 * 33, "33" in text, self.waits)
 
     def test_a_token_endpoint_down_for_ever_is_asked_so_many_times(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "503 on=token times=None")
+        with stand_in("503 on=token times=None") as space:
             session = self.session(space, retry=cso.Retry(4, 1, 9))
             with self.assertRaises(cso.HttpError) as caught:
                 cso.fetch(self.known(space, ORBITS[0]), session)
@@ -5482,9 +4927,8 @@ class TokenTest(DownloadCase):
             self.assertEqual((space.count("token"), space.count("value")), (4, 0))
 
     def test_a_refused_login_says_why_and_ends_the_batch(self):
-        for status in (400, 401):
-            with self.subTest(status), DataSpace(ORBITS, users={"user": "other"},
-                                                 login_status=status) as space:
+        for faults in ("", "400 on=token text=Invalid-user-credentials times=None"):
+            with self.subTest(faults), stand_in(faults, users={"user": "other"}) as space:
                 session = self.session(space)
                 tasks = [self.known(space, record) for record in ORBITS]
                 for attempt in (lambda: cso.fetch(tasks[0], session),
@@ -5492,8 +4936,7 @@ class TokenTest(DownloadCase):
                                 lambda: list(cso.download(tasks, session))):
                     with self.assertRaises(cso.LoginError) as caught:
                         attempt()
-                self.assertIn("Invalid user credentials", str(caught.exception))
-                self.assertIn("CDSE_USERNAME", str(caught.exception))
+                self.assertRegex(str(caught.exception), "CDSE_USERNAME.*Invalid.user.credentials")
                 self.assertEqual((space.count("token"), space.count("value"), self.waits),
                                  (1, 0, []))
 
@@ -5533,8 +4976,7 @@ class TokenTest(DownloadCase):
     def test_the_login_of_another_process_is_waited_for(self):
         """Its claim lies there until it has a token, or is as old as one of a dead process."""
         for other_logs_in, age, logins in ((True, 0, 1), (False, 0, 1), (False, 3600, 1)):
-            with self.subTest((other_logs_in, age)), DataSpace(ORBITS) as space:
-                self.new_folder()
+            with self.afresh((other_logs_in, age)), DataSpace(ORBITS) as space:
                 claim, other = self.write("token.login", ""), self.cached(space)
                 os.utime(claim, (time.time() - age,) * 2)
 
@@ -5549,24 +4991,15 @@ class TokenTest(DownloadCase):
 
     def test_a_cache_that_does_not_serve(self):
         """A token that was revoked meanwhile, or what is none, is replaced by another."""
-        def garbage(space):
-            self.write("token", "{")
-
-        def emptied(space):
-            self.write("token", "")
-
-        def revoked(space):
-            space.revoke_tokens(refresh=True)
-
-        def refreshable(space):
-            space.revoke_tokens()
-
         def left_claim(space):
             os.unlink(self.path("token"))
             os.utime(self.write("token.login", ""), (1, 1))
-        for spoil in (garbage, emptied, revoked, refreshable, left_claim):
-            with self.subTest(spoil.__name__), DataSpace(ORBITS) as space:
-                self.new_folder()
+        for name, spoil in (
+                ("garbage", lambda space: self.write("token", "{")),
+                ("emptied", lambda space: self.write("token", "")),
+                ("revoked", lambda space: space.revoke_tokens(refresh=True)),
+                ("refreshable", DataSpace.revoke_tokens), ("left claim", left_claim)):
+            with self.afresh(name), DataSpace(ORBITS) as space:
                 self.fetch_all(space, self.cached(space), ORBITS[:1])
                 spoil(space)
                 if os.path.exists(self.path("token")):
@@ -5584,8 +5017,7 @@ class TokenTest(DownloadCase):
 
     def test_a_cache_from_another_time_is_not_used(self):
         for hours, tokens in ((-5, 2), (5, 2), (0.003, 1)):     # seconds are no other time
-            with self.subTest(hours), DataSpace(ORBITS) as space:
-                self.new_folder()
+            with self.afresh(hours), DataSpace(ORBITS) as space:
                 first, second = self.cached(space), self.cached(space)
                 first.token.now = lambda: time.time() + 3600 * hours
                 self.fetch_all(space, first, ORBITS[:1])
@@ -5594,18 +5026,16 @@ class TokenTest(DownloadCase):
                 self.assertEqual(
                     (space.logins + space.refreshes, space.count("value")), (tokens, 3))
 
-    @unittest.skipIf(os.name == "nt", "there are no modes")
-    def test_a_cache_that_others_can_read_is_refused(self):
+    def test_a_cache_that_can_not_be(self):
+        """Others can read it; or there is no such folder."""
         with DataSpace(ORBITS) as space:
-            self.fetch_all(space, self.cached(space), ORBITS[:1])
-            os.chmod(self.path("token"), 0o644)
-            with self.assertRaisesRegex(cso.LoginError, "chmod"):
-                self.fetch_all(space, self.cached(space), ORBITS[1:])
-
-    def test_a_cache_where_none_can_be(self):
-        environ = dict(ENVIRON, CDSE_TOKEN_CACHE=self.path("missing", "token"))
-        with DataSpace(ORBITS) as space, self.assertRaises(cso.DataSpaceError):
-            self.session(space, environ=environ).token.get()
+            if os.name != "nt":                         # where there are no modes
+                os.chmod(self.write("token", ""), 0o644)
+                with self.assertRaisesRegex(cso.LoginError, "chmod"):
+                    self.cached(space).token.get()
+            environ = dict(ENVIRON, CDSE_TOKEN_CACHE=self.path("missing", "token"))
+            with self.assertRaises(cso.DataSpaceError):
+                self.session(space, environ=environ).token.get()
 
     # -- pickling, secrets
 
@@ -5630,8 +5060,7 @@ class TokenTest(DownloadCase):
             self.assertEqual(space.logins, 4)
 
     def test_errors_can_be_pickled(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "404")
+        with stand_in("404") as space:
             with self.assertRaises(cso.HttpError) as caught:
                 cso.fetch(self.known(space, ORBITS[0]), self.session(space))
         copy = pickle.loads(pickle.dumps(caught.exception))
@@ -5668,7 +5097,9 @@ class TokenTest(DownloadCase):
                 for host in (space, other):
                     seen += [target for _, target, _, _ in host.requests]
                 seen += [repr((headers, body)) for _, _, headers, body in other.requests]
-                seen += [self.read(name) for name in self.files()]
+                for name in self.files():       # a part may go: a thread that stops discards it
+                    with contextlib.suppress(FileNotFoundError):
+                        seen.append(self.read(name))
                 tokens = list(space.tokens.access) + list(space.tokens.renewal)
                 words = tokens + [password, urllib.parse.quote_plus(password), secret,
                                   urllib.parse.quote(password)]
@@ -5691,106 +5122,46 @@ class TokenTest(DownloadCase):
                 self.assertEqual(space.requests[-1][2]["Authorization"].split()[0], kind)
 
 
-# Faults that the requests for one file meet in turn; how the file ends; requests for its bytes.
-# Size and MD5 are known, four tries are allowed.
-FAULTS_OF_A_FILE = rows_of_text("""
-    drop                                        verified    2
-    drop, drop, rst at=0                        verified    4
-    chunked                                     verified    2
-    chunked-ok                                  verified    1
-    chunked at=0                                verified    2
-    no-length                                   verified    1
-    cut at=10000                                verified    2
-    cut at=10000, cut at=19999                  verified    3
-    flip at=0                                   verified    2
-    flip at=19999                               verified    2
-    html                                        verified    2
-    json                                        verified    2
-    empty                                       verified    2
-    408, 500, 502                               verified    4
-    503 times=3                                 verified    4
-    429 times=3                                 verified    4
-    changed                                     failed      3
-    stall-headers                               verified    2
-    stall-body at=0                             verified    2
-    stall-body at=10000                         verified    2
-    fin at=8000, fin at=8000                    verified    3
-    fin at=8000, rst at=0, drop                 verified    4
-    fin at=8000, ignore-range                   verified    2
-    fin at=8000, wrong-range                    verified    3
-    fin at=8000, wrong-range by=-100            verified    3
-    fin at=8000, headless-206                   verified    3
-    fin at=8000, lying-range                    verified    3
-    fin at=8000, 416                            verified    3
-    fin at=8000, html                           verified    3
-    fin at=8000, json                           verified    3
-    fin at=8000, empty                          verified    3
-    fin at=8000, 503, 429                       verified    4
-    fin at=8000, flip at=100                    verified    3
-    fin at=8000, cut at=100                     verified    3
-    fin at=8000, chunked at=100                 verified    3
-    fin at=8000, redirect to={target}           verified    3
-    fin at=8000, 401                            verified    3
-    fin at=3, ignore-range, fin at=8000         verified    3
-    flip at=7000, fin at=8000                   verified    3
-    zip                                         verified    1
-    broken-zip                                  verified    2
-    zip-of-paths                                verified    1
-    uninvited-206                               verified    2
-    two-files times=None                        failed      1
-    400 times=None                              failed      1
-    403 times=None                              failed      1
-    404 times=None                              failed      1
-    503 times=None                              failed      4
-    html times=None                             failed      4
-    fin at=0 times=None                         failed      4
-    fin at=100 times=None                       failed      4
-    flip at=50 times=None                       failed      3
-    cut at=50 times=None                        failed      3
-    broken-zip times=None                       failed      4
-    """)
+# How a file ends, after so many requests for its bytes, where these meet the faults in turn.  Size
+# and MD5 are known, four tries are allowed.
+FAULTS_OF_A_FILE = list(ends_of_faults("""
+verified after 1: chunked-ok | no-length | zip | zip-of-paths
+verified after 2: drop | chunked | chunked at=0 | cut at=10000 | flip at=0 | flip at=19999 |
+    html | json | empty | 504 | stall-headers | stall-body at=0 | stall-body at=10000 |
+    fin at=8000, ignore-range | broken-zip | uninvited-206 | trickle every=0.02
+verified after 3: cut at=10000, cut at=19999 | fin at=8000, fin at=8000 |
+    fin at=8000, wrong-range | fin at=8000, wrong-range by=-100 | fin at=8000, headless-206 |
+    fin at=8000, lying-range | fin at=8000, 416 | fin at=8000, html | fin at=8000, json |
+    fin at=8000, empty | fin at=8000, flip at=100 | fin at=8000, cut at=100 |
+    fin at=8000, chunked at=100 | fin at=8000, redirect to={target} | fin at=8000, 401 |
+    fin at=3, ignore-range, fin at=8000 | flip at=7000, fin at=8000
+verified after 4: drop, drop, rst at=0 | 408, 500, 502 | 503 times=3 | 429 times=3 |
+    fin at=8000, rst at=0, drop | fin at=8000, 503, 429
+failed after 1: two-files times=None | 400 times=None | 403 times=None | 404 times=None
+failed after 3: changed | flip at=50 times=None | cut at=50 times=None | broken-zip times=None
+failed after 4: 503 times=None | html times=None | fin at=0 times=None | fin at=100 times=None
+"""))
 
 # The same where the catalogue knows no MD5: nobody can see a flipped byte then.
-FAULTS_WITHOUT_MD5 = rows_of_text("""
-    drop                                        size only   2
-    fin at=8000                                 size only   2
-    fin at=8000, ignore-range                   size only   2
-    fin at=8000, wrong-range                    size only   3
-    fin at=8000, headless-206                   size only   3
-    fin at=8000, 416                            size only   3
-    fin at=8000, html                           size only   3
-    fin at=8000, changed                        size only   2
-    fin at=8000, changed, fin at=9000           size only   2
-    fin at=8000, blind-206                      size only   3
-    cut at=100                                  size only   2
-    chunked at=100                              size only   2
-    html                                        size only   2
-    json                                        size only   2
-    empty                                       size only   2
-    zip                                         size only   1
-    html times=None                             failed      4
-    """)
+FAULTS_WITHOUT_MD5 = list(ends_of_faults("""
+size only after 1: zip
+size only after 2: drop | fin at=8000 | fin at=8000, ignore-range | fin at=8000, changed |
+    fin at=8000, changed, fin at=9000 | cut at=100 | chunked at=100 | html | json | empty
+size only after 3: fin at=8000, wrong-range | fin at=8000, headless-206 | fin at=8000, 416 |
+    fin at=8000, html | fin at=8000, blind-206
+failed after 4: html times=None
+"""))
 
 # And where it knows no size either: nobody can see then that a body was cut with its length.
-FAULTS_WITHOUT_SIZE = rows_of_text("""
-    drop                                        unverified  2
-    fin at=8000                                 unverified  2
-    fin at=8000, ignore-range                   unverified  2
-    fin at=8000, wrong-range                    unverified  3
-    fin at=8000, wrong-range by=-100            unverified  3
-    fin at=8000, headless-206                   unverified  3
-    fin at=8000, 416                            unverified  3
-    fin at=8000, html                           unverified  3
-    fin at=8000, changed                        unverified  2
-    chunked at=100                              unverified  2
-    uninvited-206                               unverified  2
-    no-length                                   failed      1
-    html                                        unverified  2
-    json                                        unverified  2
-    empty                                       unverified  2
-    zip                                         unverified  1
-    empty times=None                            failed      3
-    """)
+FAULTS_WITHOUT_SIZE = list(ends_of_faults("""
+unverified after 1: zip
+unverified after 2: drop | fin at=8000 | fin at=8000, ignore-range | fin at=8000, changed |
+    chunked at=100 | uninvited-206 | html | json | empty
+unverified after 3: fin at=8000, wrong-range | fin at=8000, wrong-range by=-100 |
+    fin at=8000, headless-206 | fin at=8000, 416 | fin at=8000, html
+failed after 1: no-length
+failed after 3: empty times=None
+"""))
 
 
 class DownloadTest(DownloadCase):
@@ -5800,9 +5171,9 @@ class DownloadTest(DownloadCase):
         """The outcome of the middle one of three files; the others must be right."""
         self.new_folder()
         space.faults.clear()
-        middle, target = space.records[1], space.find(space.records[1].id)
+        target = space.records[1]
         for words in faults.split(", "):
-            switch_on(space, "%s name=%s" % (words, middle.id))
+            switch_on(space, "%s name=%s" % (words, target.id))
         options.setdefault("retry", cso.Retry(4, 1, 9))
         session = self.session(space, timeout=0.15, **options)
         tasks = [self.task(space, record) for record in space.records]
@@ -5811,37 +5182,23 @@ class DownloadTest(DownloadCase):
         outcome = outcomes[target.name]
         if outcome.state == "failed":
             self.assertFalse(os.path.exists(self.path(target.name)))
-            self.assertIn(target.name, outcome.message + space.href(target).replace(
-                target.id, target.name))
             self.assertTrue(outcome.message)
         else:
             self.assertRight(space, target)
             self.assertNothingElse(*space.records)
         return outcome
 
-    def check_faults(self, space, rows):
-        for faults, state, requests in rows:
-            with self.subTest(faults):
-                before = len(self.asked(space, space.records[1]))
-                outcome = self.one_of_three(space, faults)
-                asked = len(self.asked(space, space.records[1])) - before
-                self.assertEqual((outcome.state, asked), (state, int(requests)), outcome.message)
-
     def test_faults(self):
-        with DataSpace(ORBITS) as space:
-            self.check_faults(space, FAULTS_OF_A_FILE)
-
-    def test_faults_without_md5(self):
-        with DataSpace(made_products(3, checksum="")) as space:
-            self.check_faults(space, FAULTS_WITHOUT_MD5)
-
-    def test_faults_without_size(self):
-        with DataSpace(list(made_products(3, checksum="", stated=0))) as space:
-            self.check_faults(space, FAULTS_WITHOUT_SIZE)
-
-    def test_a_body_that_crawls_counts_as_a_stall(self):
-        with DataSpace(ORBITS, content_size=200) as space:
-            self.check_faults(space, [("trickle every=0.02", "verified", 2)])
+        for fields, rows in (({}, FAULTS_OF_A_FILE), ({"checksum": ""}, FAULTS_WITHOUT_MD5),
+                             ({"checksum": "", "stated": 0}, FAULTS_WITHOUT_SIZE)):
+            with DataSpace(made_products(3, **fields)) as space:
+                for faults, state, requests in rows:
+                    with self.subTest(faults, **fields):
+                        del space.requests[:]
+                        outcome = self.one_of_three(space, faults)
+                        asked = len(self.asked(space, space.records[1]))
+                        self.assertEqual((outcome.state, asked), (state, requests),
+                                         outcome.message)
 
     def test_connections_that_end_at_any_byte(self):
         with DataSpace(ORBITS) as space:
@@ -5852,23 +5209,16 @@ class DownloadTest(DownloadCase):
                         self.assertEqual(outcome.state, "verified")
 
     def test_a_broken_transfer_goes_on_where_it_stopped(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "fin at=8000")
-            outcome = cso.fetch(self.known(space, ORBITS[0]), self.session(space))
-            self.assertEqual(outcome.bytes, 20000)
-            first, second = [headers for _, headers in self.asked(space, ORBITS[0])]
-            self.assertNotIn("Range", first)
-            self.assertEqual(second["Range"], "bytes=8000-")
-            self.assertIn("If-Range", second)
-
-    def test_a_page_on_resume_leaves_the_bytes_that_are_there(self):
-        for page in ("html", "json"):
-            with self.subTest(page), DataSpace(ORBITS) as space:
-                self.new_folder()
-                switch_on(space, "fin at=8000, " + page)
-                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
-                self.assertEqual([headers.get("Range") for _, headers in self.asked(space)],
-                                 [None, "bytes=8000-", "bytes=8000-"])
+        """And a page in its place leaves the bytes that are there."""
+        for faults in ("fin at=8000", "fin at=8000, html", "fin at=8000, json"):
+            with self.afresh(faults), stand_in(faults) as space:
+                outcome = cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+                self.assertEqual(outcome.bytes, 20000)
+                first, *others = [headers for _, headers in self.asked(space, ORBITS[0])]
+                self.assertNotIn("Range", first)
+                self.assertEqual({headers["Range"] for headers in others}, {"bytes=8000-"})
+                self.assertEqual((len(others), all("If-Range" in headers for headers in others)),
+                                 (1 + faults.count(","), True))
 
     def test_what_is_unknown_of_a_file(self):
         zeros = "0" * 32
@@ -5876,20 +5226,13 @@ class DownloadTest(DownloadCase):
                 (None, "MD5", "verified"), (0, "MD5", "verified"), (-1, "MD5", "verified"),
                 (None, "", "size only"), (None, "N/A", "size only"), (None, zeros, "size only"),
                 (0, "", "unverified"), (-1, "N/A", "unverified"), (0, zeros, "unverified")):
-            with self.subTest((stated, checksum)), DataSpace(
+            with self.afresh((stated, checksum)), DataSpace(
                     made_products(1, stated=stated, checksum=checksum)) as space:
-                self.new_folder()
                 switch_on(space, "fin at=9000")
                 task = self.task(space, space.records[0])
                 outcome, = cso.download([task], self.session(space))
                 self.assertEqual(outcome.state, state)
                 self.assertRight(space, space.records[0])
-
-    def test_a_flipped_byte_that_nobody_can_see_is_never_called_verified(self):
-        with DataSpace(made_products(1, checksum="")) as space:
-            switch_on(space, "flip")
-            outcome = cso.fetch(self.task(space, space.records[0]), self.session(space))
-            self.assertEqual(outcome.state, "size only")
 
     def test_what_the_table_says_is_not_asked(self):
         with DataSpace(ORBITS) as space:
@@ -5911,18 +5254,16 @@ class DownloadTest(DownloadCase):
                 self.assertEqual((outcome.state, self.waits), ("unverified", []))
 
     def test_a_file_that_is_there_is_not_fetched_again(self):
-        with DataSpace(ORBITS) as space:
-            tasks = [self.task(space, record) for record in ORBITS]
-            list(cso.download(tasks, self.session(space)))
-            again = [outcome.state for outcome in cso.download(tasks, self.session(space))]
-            self.assertEqual((again, space.count("value")), (["present"] * 3, 3))
-
-    def test_an_empty_file_is_not_there(self):
-        with DataSpace(made_products(1, stated=0, checksum="")) as space:
-            self.write(space.records[0].name, "")
-            outcome = cso.fetch(self.task(space, space.records[0]), self.session(space))
-            self.assertEqual(outcome.state, "unverified")
-            self.assertRight(space, space.records[0])
+        """But one without a byte is not there."""
+        for fields, state in (({}, "verified"), ({"stated": 0, "checksum": ""}, "unverified")):
+            with self.afresh(fields), DataSpace(made_products(1, **fields)) as space:
+                record, = space.records
+                self.write(record.name, "")
+                for expected in (state, "present", "present"):
+                    outcome = cso.fetch(self.task(space, record), self.session(space))
+                    self.assertEqual(outcome.state, expected)
+                self.assertOnly(space, record)
+                self.assertEqual(space.count("value"), 1)
 
     def test_a_file_of_another_size_is_replaced_when_the_right_one_is_there(self):
         with DataSpace(ORBITS) as space:
@@ -5935,114 +5276,87 @@ class DownloadTest(DownloadCase):
             self.assertRight(space, ORBITS[0])
 
     def test_a_failed_file_is_gone_on_with_in_the_next_run(self):
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "fin at=8000, 404")
+        with stand_in("fin at=8000, 404") as space:
             for state in ("failed", "verified"):
                 outcome, = cso.download([self.known(space, ORBITS[0])], self.session(space))
                 self.assertEqual(outcome.state, state)
-            self.assertRight(space, ORBITS[0])
-            self.assertNothingElse(ORBITS[0])
+            self.assertOnly(space, ORBITS[0])
             self.assertEqual([headers.get("Range") for _, headers in self.asked(space)],
                              [None, "bytes=8000-", "bytes=8000-"])
 
     def test_an_object_that_changed_between_two_runs_is_not_mixed(self):
         for fields in ({}, {"checksum": ""}):
-            with self.subTest(fields), DataSpace(made_products(1, **fields)) as space:
-                self.new_folder()
+            with self.afresh(fields), DataSpace(made_products(1, **fields)) as space:
                 record, = space.records
                 switch_on(space, "fin at=8000, 404")
                 outcome, = cso.download([self.task(space, record)], self.session(space))
                 self.assertEqual(outcome.state, "failed")
                 space.change(record.id)
                 cso.fetch(self.task(space, record), self.session(space))
-                self.assertRight(space, record)
-                self.assertNothingElse(record)
+                self.assertOnly(space, record)
 
     # -- zips
 
-    def test_two_files_in_a_zip_are_refused(self):
-        with DataSpace(made_products(1, stated=0, checksum="")) as space:
-            switch_on(space, "two-files")
-            with self.assertRaisesRegex(cso.CheckError, "2 .nc files"):
-                cso.fetch(self.task(space, space.records[0]), self.session(space))
-            self.assertEqual((self.files(), self.waits), ([], []))
-
-    def test_one_file_in_a_zip_is_unpacked_though_nothing_is_known_of_it(self):
-        with DataSpace(made_products(2, stated=0, checksum="")) as space:
-            switch_on(space, "zip, zip-of-paths")
-            for record in space.records:
+    def test_zips_of_which_nothing_is_known(self):
+        """One file is unpacked, two are refused at once."""
+        records = list(made_products(3, stated=0, checksum=""))
+        with stand_in("zip, zip-of-paths, two-files", records) as space:
+            for record in records[:2]:
                 cso.fetch(self.task(space, record), self.session(space))
-            self.assertRight(space, *space.records)
-            self.assertNothingElse(*space.records)
+            with self.assertRaisesRegex(cso.CheckError, "2 .nc files"):
+                cso.fetch(self.task(space, records[2]), self.session(space))
+            self.assertOnly(space, *records[:2])
+            self.assertEqual(self.waits, [])
 
     def test_directory_products_stay_zips(self):
         record = next(record for record in RECORDS if record.name.endswith(".SAFE"))
-        with DataSpace([record]) as space:
-            switch_on(space, "broken-zip, zip")
+        with stand_in("broken-zip, flipped-zip, zip", [record]) as space:
             table = self.write("table.csv", "filename;href\n%s;%s\n" % (record.name,
                                                                          space.href(record)))
             task, = cso.tasks_of(cso.read_table(table), self.folder)
             self.assertEqual(task.path, self.path(record.name + ".zip"))
             outcome = cso.fetch(task, self.session(space))
-            self.assertEqual((outcome.state, space.count("value")), ("verified", 2))
+            self.assertEqual((outcome.state, space.count("value")), ("verified", 3))
             with zipfile.ZipFile(task.path) as archive:
                 self.assertIsNone(archive.testzip())
             self.assertEqual(cso.fetch(task, self.session(space)).state, "present")
 
-    def test_a_flipped_byte_in_a_directory_product_is_seen(self):
-        record = next(record for record in RECORDS if record.name.endswith(".SAFE"))
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w") as archive:
-            archive.writestr("a.nc", b"x" * 1000)
-        for data, right in ((packed.getvalue(), True),
-                            (packed.getvalue().replace(b"xx", b"xy", 1), False)):
-            part = cso.Part(self.path(record.name + ".zip"))
-            part.write(data)
-            with contextlib.ExitStack() as stack:
-                if not right:
-                    stack.enter_context(self.assertRaisesRegex(cso.CheckError, "zip is broken"))
-                self.assertEqual(cso.verify(cso.Task("", part.target), part), "verified")
-            part.leave()
-
     # -- the disk
 
-    def full_disk(self, space_left, number):
-        """An open() that finds the disk full after so many bytes, buffered as files are."""
+    def disk(self, space_left=10 ** 9, full=errno.ENOSPC, begun=()):
+        """An open() that finds the disk full after so many bytes, buffered as files are; `begun`
+        are the errors that parts meet in turn as they are begun."""
+        begun = list(begun)
+
         class Disk(io.FileIO):
             def write(self, data):
                 nonlocal space_left
                 if space_left < len(data):
-                    raise OSError(number, os.strerror(number))
+                    raise OSError(full, os.strerror(full))
                 space_left -= len(data)
                 return io.FileIO.write(self, data)
 
         def fake(path, mode="r", *args, **kwargs):
-            if mode == "xb" and not isinstance(path, int):
-                return io.BufferedWriter(Disk(path, "w"))
-            return open(path, mode, *args, **kwargs)
+            if mode != "xb" or isinstance(path, int):
+                return open(path, mode, *args, **kwargs)
+            error = begun.pop(0) if begun else None
+            if error:
+                raise OSError(error, os.strerror(error))
+            return io.BufferedWriter(Disk(path, "w"))
         return mock.patch.object(cso, "open", fake, create=True)
 
     def test_a_part_that_cannot_be_begun_again_is_an_error_of_its_own(self):
-        opened = []
-
-        def fake(path, mode="r", *args, **kwargs):
-            opened.extend([path] if mode == "xb" else [])
-            if len(opened) == 2:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return open(path, mode, *args, **kwargs)
-        with DataSpace(ORBITS) as space:
-            switch_on(space, "fin at=8000, ignore-range")
-            with mock.patch.object(cso, "open", fake, create=True), \
-                    self.assertRaisesRegex(cso.FileError, os.strerror(errno.EIO)):
-                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+        with stand_in("fin at=8000, ignore-range") as space, self.disk(begun=[None, errno.EIO]), \
+                self.assertRaisesRegex(cso.FileError, os.strerror(errno.EIO)):
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
 
     def test_a_full_disk_ends_the_batch(self):
         for number in (errno.ENOSPC, errno.EDQUOT):
-            with self.subTest(errno.errorcode[number]), DataSpace(
+            with self.afresh(errno.errorcode[number]), DataSpace(
                     list(made_products(9)), content_size=100000) as space:
-                self.new_folder()
                 tasks = [self.known(space, record) for record in space.records]
-                with self.full_disk(250000, number), self.assertRaises(cso.FileError) as caught:
+                with self.disk(250000, number), \
+                        self.assertRaises(cso.FileError) as caught:
                     list(cso.download(tasks, self.session(space, connections=1)))
                 self.assertTrue(caught.exception.fatal)
                 self.assertRight(space, *space.records[:2])
@@ -6050,8 +5364,7 @@ class DownloadTest(DownloadCase):
                 self.assertEqual(self.waits, [])
                 for outcome in cso.download(tasks, self.session(space)):
                     self.assertIn(outcome.state, ("verified", "present"))
-                self.assertRight(space, *space.records)
-                self.assertNothingElse(*space.records)
+                self.assertOnly(space, *space.records)
 
     def test_a_disk_known_to_be_too_small_is_not_begun_with(self):
         usage = shutil.disk_usage(self.folder)._replace(free=50000)
@@ -6068,41 +5381,38 @@ class DownloadTest(DownloadCase):
 
     def test_where_no_file_can_be(self):
         self.write("file", "")
-        places = {"a file": self.path("file", "x.nc"), "long": self.path("x" * 300 + ".nc")}
-        for name, path in places.items():
-            with self.subTest(name), DataSpace(ORBITS) as space:
-                wrong = self.known(space, ORBITS[0])._replace(path=path)
-                right = self.known(space, ORBITS[1])
-                wrong, right = sorted(cso.download([wrong, right], self.session(space)),
-                                      key=lambda outcome: outcome.filename == right.path)
-                states = {wrong.filename: wrong, right.filename: right}
-                self.assertEqual(states[os.path.basename(path)].state, "failed")
-                self.assertIn(os.path.basename(path)[:20], states[os.path.basename(path)].message
-                              + states[os.path.basename(path)].filename)
-                self.assertRight(space, ORBITS[1])
-                os.unlink(self.path(ORBITS[1].name))
-                self.assertEqual(self.files(), ["file"])
+        with DataSpace(ORBITS) as space:
+            for name in (os.path.join("file", "x.nc"), "x" * 300 + ".nc"):
+                with self.subTest(name):
+                    tasks = [self.known(space, ORBITS[0])._replace(path=self.path(name)),
+                             self.known(space, ORBITS[1])]
+                    states = {outcome.filename: outcome.state
+                              for outcome in cso.download(tasks, self.session(space))}
+                    self.assertEqual(states, {os.path.basename(name): "failed",
+                                              ORBITS[1].name: "verified"})
+                    self.assertRight(space, ORBITS[1])
+                    os.unlink(self.path(ORBITS[1].name))
+                    self.assertEqual(self.files(), ["file"])
 
     # -- MD5 where it is forbidden
 
-    def test_fips(self):
-        def refuse(*data, **options):
+    def test_pythons_whose_md5_is_forbidden_or_takes_no_keyword(self):
+        def forbidden(*data, **options):
             raise ValueError("disabled for FIPS")
-        with DataSpace(ORBITS) as space, mock.patch.object(hashlib, "md5", refuse):
-            switch_on(space, "fin at=9000, cut at=100")
-            states = [cso.fetch(self.task(space, record), self.session(space)).state
-                      for record in ORBITS]
-            self.assertEqual(states, ["size only"] * 3)
-            self.assertRight(space, *ORBITS)
-
-    def test_a_python_whose_md5_takes_no_keyword(self):
-        def old(*data):
-            return MD5(*data)
-        with DataSpace(ORBITS) as space, mock.patch.object(hashlib, "md5", old):
-            self.assertEqual(cso.fetch(self.task(space, ORBITS[0]), self.session(space)).state,
-                             "verified")
+        for md5, state in ((forbidden, "size only"), (lambda *data: MD5(*data), "verified")):
+            with DataSpace(ORBITS) as space, mock.patch.object(hashlib, "md5", md5):
+                self.new_folder()
+                switch_on(space, "fin at=9000, cut at=100")
+                self.assertEqual([cso.fetch(self.task(space, record), self.session(space)).state
+                                  for record in ORBITS], [state] * 3)
+                self.assertRight(space, *ORBITS)
 
     # -- others at the same file
+
+    def put(self, space, record):
+        """Let another process bring the file."""
+        with open(self.path(record.name), "wb") as out:
+            out.write(space.body(record))
 
     def part_left(self, space, record, owner=None):
         """Leave the part of a broken transfer, under the name of this or of another process."""
@@ -6122,24 +5432,14 @@ class DownloadTest(DownloadCase):
             part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
 
             def other_goes_on(seconds):
-                with open(self.path(ORBITS[0].name), "wb") as out:
-                    out.write(space.body(ORBITS[0]))
+                self.put(space, ORBITS[0])
                 os.unlink(part)
             outcome = cso.fetch(self.known(space, ORBITS[0]),
                                 self.session(space, sleep=other_goes_on))
             self.assertEqual((outcome.state, space.count("value")), ("present", 2))
             self.assertNothingElse(ORBITS[0])
 
-    def test_a_part_that_nobody_writes_to_is_taken_over(self):
-        with DataSpace(ORBITS) as space:
-            part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
-            os.utime(part, (1, 1))
-            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
-            self.assertRight(space, ORBITS[0])
-            self.assertNothingElse(ORBITS[0])
-            self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=8000-")
-
-    def test_the_longest_part_is_taken_over(self):
+    def test_the_longest_part_that_nobody_writes_to_is_taken_over(self):
         with DataSpace(ORBITS) as space:
             part = self.part_left(space, ORBITS[0], owner="elsewhere-1")
             for number in ("0", "2"):
@@ -6148,39 +5448,32 @@ class DownloadTest(DownloadCase):
             for name in self.files():
                 os.utime(self.path(name), (1, 1))
             cso.fetch(self.known(space, ORBITS[0]), self.session(space))
-            self.assertNothingElse(ORBITS[0])
+            self.assertOnly(space, ORBITS[0])
             self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=8000-")
 
     def test_a_file_that_came_just_before_the_claim_is_not_fetched(self):
-        look = cso.parts_beside
+        listdir = os.listdir
         with DataSpace(ORBITS) as space:
-            def late(target):
-                with open(target, "wb") as out:
-                    out.write(space.body(ORBITS[0]))
-                return look(target)
-            with mock.patch.object(cso, "parts_beside", late):
+            def late(folder):           # so a claim looks for the parts of others
+                self.put(space, ORBITS[0])
+                return listdir(folder)
+            with mock.patch.object(os, "listdir", late):
                 outcome = cso.fetch(self.known(space, ORBITS[0]), self.session(space))
             self.assertEqual((outcome.state, space.count("value")), ("present", 0))
             self.assertNothingElse(ORBITS[0])
 
     def test_a_spoilt_part_does_no_harm(self):
-        for spoilt in (b"", b"x" * 8000, b"x" * 20000, b"x" * 30000):
-            with self.subTest(len(spoilt)), DataSpace(ORBITS) as space:
-                self.new_folder()
-                with open(self.part_left(space, ORBITS[0]), "wb") as out:
-                    out.write(spoilt)
-                cso.fetch(self.known(space, ORBITS[0]), self.session(space))
-                self.assertRight(space, ORBITS[0])
-                self.assertNothingElse(ORBITS[0])
-
-    def test_a_whole_part_needs_no_further_request(self):
+        """And a whole one needs no further request."""
         with DataSpace(ORBITS) as space:
-            with open(self.part_left(space, ORBITS[0]), "wb") as out:
-                out.write(space.body(ORBITS[0]))
-            before = space.count("value")
-            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
-            self.assertRight(space, ORBITS[0])
-            self.assertEqual(space.count("value"), before)
+            for left, requests in ((b"", 1), (b"x" * 8000, 2), (b"x" * 20000, 1),
+                                   (b"x" * 30000, 1), (space.body(ORBITS[0]), 0)):
+                with self.afresh(left[:2], length=len(left)):
+                    with open(self.part_left(space, ORBITS[0]), "wb") as out:
+                        out.write(left)
+                    before = space.count("value")
+                    cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+                    self.assertOnly(space, ORBITS[0])
+                    self.assertEqual(space.count("value") - before, requests)
 
     def test_two_threads_at_one_target(self):
         with DataSpace(ORBITS, latency=0.02) as space:
@@ -6188,8 +5481,7 @@ class DownloadTest(DownloadCase):
                 space, sleep=lambda seconds: time.sleep(min(seconds, 0.01)))))
             self.assertEqual(sorted(outcome.state for outcome in outcomes),
                              ["present"] * 3 + ["verified"])
-            self.assertRight(space, ORBITS[0])
-            self.assertNothingElse(ORBITS[0])
+            self.assertOnly(space, ORBITS[0])
             self.assertEqual(space.count("value"), 1)
 
     # -- how many at once
@@ -6197,9 +5489,8 @@ class DownloadTest(DownloadCase):
     def test_at_most_so_many_transfers(self):
         records = list(made_products(10))
         for connections in (1, 2, 4):
-            with self.subTest(connections), DataSpace(records, max_transfers=None) as space:
-                self.new_folder()
-                switch_on(space, "leisurely times=None")
+            with self.afresh(connections), stand_in(
+                    "leisurely times=None", records, max_transfers=None) as space:
                 tasks = [self.known(space, record) for record in records]
                 list(cso.download(tasks, self.session(space, connections=connections)))
                 self.assertRight(space, *records)
@@ -6207,8 +5498,7 @@ class DownloadTest(DownloadCase):
                 self.assertEqual((space.count("value"), space.count("token")), (10, 1))
 
     def test_threads_of_others_share_the_transfers_of_a_session(self):
-        with DataSpace(ORBITS, max_transfers=None) as space:
-            switch_on(space, "leisurely times=None")
+        with stand_in("leisurely times=None", max_transfers=None) as space:
             session = self.session(space, connections=1)
             threads = [threading.Thread(target=cso.fetch, args=(self.known(space, record), session))
                        for record in ORBITS]
@@ -6220,38 +5510,17 @@ class DownloadTest(DownloadCase):
 
     def test_429_lowers_the_number_of_connections(self):
         records = list(made_products(12))
-        with DataSpace(records, max_transfers=2) as space:
-            switch_on(space, "leisurely times=None")
-            tasks = [self.known(space, record) for record in records]
-            session = self.session(space, connections=4, retry=cso.Retry(50, 1, 9),
-                                   sleep=lambda seconds: space.closing.wait(0.005))
-            list(cso.download(tasks, session))
-            self.assertRight(space, *records)
-            self.assertLessEqual(space.count("value"), 12 + 3)
-            self.assertGreater(space.count("value"), 12)
-
-    def test_a_server_that_frees_transfers_late(self):
-        records = list(made_products(6))
-        with DataSpace(records, max_transfers=2, release_delay=0.02) as space:
-            tasks = [self.known(space, record) for record in records]
-            session = self.session(space, retry=cso.Retry(50, 1, 9),
-                                   sleep=lambda seconds: space.closing.wait(0.01))
-            states = [outcome.state for outcome in cso.download(tasks, session)]
-            self.assertEqual(states, ["verified"] * 6)
-            self.assertRight(space, *records)
+        for faults, delay, most in (("leisurely times=None", 0, 12 + 3), ("", 0.02, 99)):
+            with self.afresh(faults), DataSpace(
+                    records, max_transfers=2, release_delay=delay) as space:
+                switch_on(space, faults)
+                session = self.session(space, retry=cso.Retry(50, 1, 9),
+                                       sleep=lambda seconds: space.closing.wait(0.005))
+                list(cso.download([self.known(space, record) for record in records], session))
+                self.assertRight(space, *records)
+                self.assertTrue(12 < space.count("value") <= most, space.count("value"))
 
     # -- the original names
-
-    def test_signatures(self):
-        cls = cso.CSO_DataSpace_Downloader
-        for function, promised in (
-                (cls, "()"), (cls.CreateToken, "(self, href, indent='')"),
-                (cls.DownloadFile, "(self, href, output_file, maxtry=10, nsec_wait=5, "
-                                   "nsec_wait_max=600, dmode=None, indent='')"),
-                (cso.NullAuth, "()")):
-            with self.subTest(function.__name__):
-                found = str(inspect.signature(function))
-                self.assertTrue(re.sub(r"(, \*, .*)?\)$", ")", found) == promised, found)
 
     def test_downloader(self):
         with DataSpace(ORBITS) as space:
@@ -6268,10 +5537,9 @@ class DownloadTest(DownloadCase):
     def test_downloader_keeps_its_number_of_tries(self):
         for on, text in (("value", "503"), ("token", "503"), ("product", "503"),
                          ("token", "rst at=0")):
-            with self.subTest(text, on=on), DataSpace(ORBITS) as space:
+            with self.afresh(text, on=on), stand_in(
+                    "%s on=%s times=None" % (text, on)) as space:
                 self.account(space)
-                self.waits = []
-                switch_on(space, "%s on=%s times=None" % (text, on))
                 with mock.patch.object(threading.Event, "wait",
                                        lambda event, seconds=None: self.waits.append(seconds)):
                     with self.assertRaises(cso.DataSpaceError):
@@ -6283,8 +5551,7 @@ class DownloadTest(DownloadCase):
 
     @unittest.skipIf(os.name == "nt", "there are no modes")
     def test_modes_of_new_directories(self):
-        before = os.umask(0o077)
-        self.addCleanup(os.umask, before)
+        self.addCleanup(os.umask, os.umask(0o077))
         with DataSpace(ORBITS) as space:
             self.account(space)
             downloader = cso.CSO_DataSpace_Downloader()
@@ -6306,36 +5573,22 @@ class DownloadTest(DownloadCase):
                                             dmode=dmode)
 
 
-OLD_TABLE = """\
-orbit;start_time;end_time;processing;collection;processor_version;filename;href
-03697;2018-07-01 00:13:10;2018-07-01 01:54:40;OFFL;01;010002;{name};{href}
-"""
-TABLES = {
-    "eight columns": OLD_TABLE,
-    "crlf": OLD_TABLE.replace("\n", "\r\n"),
-    "no newline at the end": OLD_TABLE.rstrip("\n"),
-    "empty lines": OLD_TABLE.replace("\n", "\n\n"),
-    "byte order mark": "\ufeff" + OLD_TABLE,
-    "quoted fields": 'filename;href\n"{name}";"{href}"\n',
-    "quoted uuid": OLD_TABLE.replace("{href}", "{quoted}"),
-    "doubly quoted uuid": 'filename;href\n{name};"{quoted}"\n'.replace("{quoted}", "{double}"),
-    "more columns": "mine;filename;href;size;yours\n1;{name};{href};20000;2\n",
-    "another order": "href;orbit;filename\n{href};03697;{name}\n",
-    "md5": "md5;filename;href\n{md5};{name};{href}\n",
-    "md5 in capitals": "md5;filename;href\n{MD5};{name};{href}\n",
-    "no md5": "md5;filename;size;href\nN/A;{name};;{href}\n",
-}
-BROKEN_TABLES = {               # the second row is the broken one, if not said otherwise
-    "a field too few": "x.nc", "a field too many": "x.nc;{href};1", "no name": ";{href}",
-    "a path": "../x.nc;{href}", "an absolute path": "/tmp/x.nc;{href}", "dots": "..;{href}",
-    "a drive": "c:x.nc;{href}", "a backslash": "a\\x.nc;{href}", "a control": "x\x01.nc;{href}",
-    "no href": "x.nc;", "no url": "x.nc;www", "another scheme": "x.nc;file:///etc/hosts",
-    "javascript": "x.nc;javascript:x", "an open quote": '"x.nc;{href}'}
+def run_program(case, *args, env={}, **options):
+    """Start the program as a user does; returns the process, which ends with the test."""
+    if os.name != "nt":         # Ctrl-C is ignored where the tests run in the background of a shell
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "cso_dataspace"] + list(args),
+        env=dict(os.environ, PYTHONPATH=HERE, **env), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **options)
 
-
-def restore_ctrl_c():
-    """For a child: it ignores Ctrl-C where the tests run in the background of a shell."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    def end():
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    case.addCleanup(end)
+    return process
 
 
 @unittest.skipIf(os.name == "nt", "signals are another matter there")
@@ -6344,35 +5597,21 @@ class BatchTest(DownloadCase):
 
     def start(self, space, *args, **environ):
         """A process of the program with the account of the stand-in."""
-        environ = dict(os.environ, CDSE_TOKEN_URL=space.token_url, PYTHONPATH=os.path.dirname(
-            os.path.abspath(cso.__file__)), **dict(ENVIRON, **environ))
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "cso_dataspace"] + list(args), env=environ,
-            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            universal_newlines=True, preexec_fn=restore_ctrl_c)
-        self.addCleanup(self.end, process)
-        return process
-
-    def end(self, process):
-        if process.poll() is None:
-            process.kill()
-        self.finish(process)
+        return run_program(self, *args, cwd=self.folder, env=dict(
+            ENVIRON, CDSE_TOKEN_URL=space.token_url, **environ))
 
     def finish(self, process):
-        """Exit status, stdout and stderr of a process; long before a time-out of 60 s."""
-        if not process.stdout.closed:
-            process.said = process.communicate(timeout=30)
-        return (process.returncode,) + process.said
+        """Exit status and stderr of a process; long before a time-out of 60 s."""
+        _, err = process.communicate(timeout=30)
+        return process.returncode, err
 
-    def sent(self, space, count):
+    def sent(self, count):
         """Wait until a part holds so many bytes."""
-        for _ in range(2000):
+        def happened():
             with contextlib.suppress(FileNotFoundError):        # it was renamed just now
-                if any(os.path.getsize(self.path(name)) >= count for name in self.files()
-                       if name.endswith(".part")):
-                    return
-            space.closing.wait(0.01)
-        self.fail("no part came")
+                return any(os.path.getsize(self.path(name)) >= count for name in self.files()
+                           if name.endswith(".part"))
+        wait_until(happened)
 
     def download(self, space, table, *args):
         self.account(space)
@@ -6381,48 +5620,21 @@ class BatchTest(DownloadCase):
     # -- tables
 
     def test_old_tables(self):
+        record = ORBITS[0]
         with DataSpace(ORBITS) as space:
-            record = ORBITS[0]
             href = space.href(record)
-            words = dict(name=record.name, href=href, md5=space.md5(record),
-                         MD5=space.md5(record).upper(),
-                         quoted=href.replace("(", "('").replace(")", "')"),
-                         double=href.replace("(", '(""').replace(")", '"")'))
-            for name, text in TABLES.items():
-                with self.subTest(name):
-                    self.new_folder()
-                    status, _, err = self.download(space, self.write("t.csv", text.format(**words)))
+            for text in ("filename;href\n{name};{quoted}\n",
+                         'filename;href\n{name};"{doubly}"\n',
+                         "mine;filename;href;size;yours\n1;{name};{href};20000;2\n",
+                         "md5;filename;href\n{md5};{name};{href}\n"):
+                with self.afresh(text):
+                    table = self.write("t.csv", text.format(
+                        name=record.name, href=href, md5=space.md5(record).upper(),
+                        quoted=href.replace("(", "('").replace(")", "')"),
+                        doubly=href.replace("(", '(""').replace(")", '"")')))
+                    status, _, err = self.download(space, table)
                     self.assertEqual(status, 0, err)
                     self.assertEqual(self.read("data", record.name), space.body(record))
-
-    def test_a_broken_table_is_an_error_before_anything_is_fetched(self):
-        with DataSpace(ORBITS) as space:
-            href = space.href(ORBITS[0])
-            for name, row in BROKEN_TABLES.items():
-                with self.subTest(name):
-                    text = "filename;href\n%s;%s\n%s\n" % (ORBITS[0].name, href,
-                                                           row.format(href=href))
-                    status, _, err = self.download(space, self.write("table.csv", text))
-                    self.assertEqual(status, 1)
-                    self.assertRegex(err, r"table\.csv:[34]: ")
-                    self.assertNotIn("Traceback", err)
-            for text in ("", "filename\nx.nc\n", "a;b\n1;2\n", "\n"):
-                with self.subTest(text):
-                    status, _, err = self.download(space, self.write("table.csv", text))
-                    self.assertEqual((status, "table.csv" in err), (1, True), err)
-            with open(self.path("table.csv"), "wb") as out:
-                out.write(b"filename;href\n\xff\xfe;x\n")
-            for path in (self.path("table.csv"), self.path("missing.csv"), self.folder):
-                with self.subTest(path):
-                    status, _, err = self.download(space, path)
-                    self.assertEqual((status, path in err), (1, True), err)
-            self.assertEqual(space.requests, [])
-
-    def test_dry_run_fetches_nothing(self):
-        with DataSpace(ORBITS) as space:
-            status, out, _ = self.download(space, self.table(space, ORBITS), "--dry-run")
-            self.assertEqual((status, space.requests, self.files()), (0, [], ["table.csv"]))
-            self.assertIn("3 files, 60.0 kB", out)
 
     # -- report and exit status
 
@@ -6445,41 +5657,20 @@ class BatchTest(DownloadCase):
                 self.assertEqual([row["state"] for row in rows], states)
                 self.assertEqual([row["bytes"] for row in rows], came)
                 self.assertEqual("Gone for ever" in rows[1]["message"], expected == 3)
-                self.assertEqual(("Gone for ever" in err, "Traceback" in err),
-                                 (expected == 3, False))
-
-    def test_no_traceback(self):
-        with DataSpace(ORBITS, users={"user": "another"}) as space:
-            table = self.table(space, ORBITS)
-            self.write("file", "")
-            for expected, args in (
-                    (2, []), (2, ["download"]), (2, ["download", table, "--nonsense"]),
-                    (2, ["download", table, "--part", "1"]),
-                    (2, ["download", table, "--part", "1/0"]),
-                    (2, ["download", table, "--connections", "0"]),
-                    (1, ["download", table]), (1, ["download", self.path("missing.csv")]),
-                    (1, ["download", space.odata + "/Products(x)/$value"]),
-                    (1, ["download", "https://[/x"]), (1, ["download", "http:///x"])):
-                with self.subTest(args):
-                    self.account(space)
-                    status, _, err = self.run_main(*args)
-                    self.assertEqual((status, "Traceback" in err), (expected, False), err)
-                    self.assertTrue(err)
+                for text in ("Gone for ever", "1 files failed; run the same command again to"):
+                    self.assertEqual(text in err, expected == 3)
+                self.assertNotIn("Traceback", err)
 
     def test_parts_of_a_table(self):
         records = list(made_products(7))
         with DataSpace(records) as space:
             table, seen = self.table(space, records), []
-            for part in ("1/3", "2/3", "3/3"):
-                before = set(self.files())
+            for part in ("1/3", "2/3", "3/3", "0/3"):               # the last is the same as 3/3
                 self.assertEqual(self.download(space, table, "--part", part)[0], 0)
-                seen.append(len(set(self.files()) - before))
-            self.assertEqual(sorted(seen), [2, 2, 3])
+                seen.append(space.count("value"))
+            self.assertEqual(seen, [2, 4, 7, 7])
             self.assertEqual(self.files(), sorted(
                 ["table.csv"] + ["data/" + record.name for record in records]))
-            before = space.count("value")
-            self.assertEqual(self.download(space, table, "--part", "0/3")[0], 0)
-            self.assertEqual(space.count("value"), before)          # the same as 3/3
 
     # -- processes side by side
 
@@ -6490,9 +5681,8 @@ class BatchTest(DownloadCase):
             table = self.write("table.csv", "\n".join(["filename;href"] + rows) + "\n")
             jobs = [self.start(space, "download", table, "--dir", "data", "--report", "r%d" % k,
                                CDSE_TOKEN_CACHE=self.path("token")) for k in range(8)]
-            for job in jobs:
-                status, _, err = self.finish(job)
-                self.assertEqual((status, "Traceback" in err), (0, False), err)
+            ended = [self.finish(job) for job in jobs]
+            self.assertEqual([status for status, _ in ended], [0] * 8, ended)
             for record in records:
                 self.assertEqual(self.read("data", record.name), space.body(record))
             self.assertEqual(self.files(), sorted(["table.csv", "token"] + [
@@ -6501,78 +5691,168 @@ class BatchTest(DownloadCase):
             self.assertEqual(set(asked.values()), {1})
             self.assertEqual((len(asked), space.logins, space.refreshes), (10, 1, 0))
             self.assertLessEqual(space.count("product"), 8 * 10)
-            verified = sum(self.read("r%d" % k).count(b";verified;") for k in range(8))
-            self.assertEqual(verified, 10)
-
-    def test_killed_and_run_again(self):
-        with DataSpace(ORBITS, content_size=300000) as space:
-            table = self.table(space, ORBITS[:1])
-            switch_on(space, "stall-body at=200000")
-            job = self.start(space, "download", table)
-            self.sent(space, 100000)
-            job.kill()
-            self.finish(job)
-            left = max(os.path.getsize(self.path(name)) for name in self.files())
-            self.assertFalse(os.path.exists(self.path(ORBITS[0].name)))
-            status, out, err = self.finish(self.start(space, "download", table))
-            self.assertEqual(status, 0, err)
-            self.assertRight(space, ORBITS[0])
-            self.assertEqual(self.files(), [ORBITS[0].name, "table.csv"])
-            self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=%d-" % left)
+            self.assertEqual(sum(self.read("r%d" % k).count(b";verified;") for k in range(8)), 10)
 
     def test_stopped_and_run_again(self):
-        for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-            with self.subTest(expected), DataSpace(ORBITS, content_size=300000) as space:
-                self.new_folder()
+        for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+            with self.afresh(expected), DataSpace(ORBITS, content_size=300000) as space:
                 command = ["download", self.table(space, ORBITS), "--report", "report.csv"]
                 switch_on(space, "stall-body at=200000 name=%s" % ORBITS[1].id)
                 job = self.start(space, *command)
-                while not all(os.path.exists(self.path(ORBITS[k].name)) for k in (0, 2)):
-                    space.closing.wait(0.01)
-                self.sent(space, 100000)
+                wait_until(lambda: all(os.path.exists(self.path(ORBITS[k].name)) for k in (0, 2)))
+                self.sent(100000)
                 job.send_signal(number)
-                status, _, err = self.finish(job)
+                status, err = self.finish(job)
                 self.assertEqual((status, "Traceback" in err), (expected, False), err)
-                self.assertIn("run again", err)
                 self.assertRight(space, ORBITS[0], ORBITS[2])
                 self.assertFalse(os.path.exists(self.path(ORBITS[1].name)))
-                self.assertIn(ORBITS[1].name.encode() + b";failed;", self.read("report.csv"))
-                status, _, err = self.finish(self.start(space, *command))
+                if expected > 0:
+                    self.assertIn("run again", err)
+                    self.assertIn(ORBITS[1].name.encode() + b";failed;", self.read("report.csv"))
+                left = max(os.path.getsize(self.path(name)) for name in self.files()
+                           if name.endswith(".part"))
+                status, err = self.finish(self.start(space, *command))
                 self.assertEqual(status, 0, err)
                 self.assertRight(space, *ORBITS)
-                self.assertEqual([name for name in self.files() if name.endswith(".part")], [])
-                self.assertRegex(self.asked(space)[-1][1].get("Range", ""), r"^bytes=\d{6}-$")
+                self.assertEqual(self.files(), sorted(
+                    [record.name for record in ORBITS] + ["report.csv", "table.csv"]))
+                self.assertEqual(self.asked(space)[-1][1].get("Range"), "bytes=%d-" % left)
 
     def test_stopped_while_it_waits(self):
         for faults in ("stall-headers times=None", "stall-headers on=token",
                        "429 on=token times=None retry_after=60"):
-            with self.subTest(faults), DataSpace(ORBITS) as space:
-                self.new_folder()
-                switch_on(space, faults)
+            with self.afresh(faults), stand_in(faults) as space:
                 table = self.write("table.csv", "filename;href\n%s;%s\n" % (
                     ORBITS[0].name, space.href(ORBITS[0])))
                 job = self.start(space, "download", table)
-                while not any(switched.taken for switched in space.faults.on):
-                    space.closing.wait(0.01)
+                wait_until(lambda: any(switched.taken for switched in space.faults.on))
                 job.send_signal(signal.SIGTERM)
-                status, _, err = self.finish(job)
+                status, err = self.finish(job)
                 self.assertEqual((status, "Traceback" in err), (143, False), err)
                 self.assertFalse(os.path.exists(self.path(ORBITS[0].name)))
+
+
+class MishapTest(DownloadCase):
+    """What others do to a run costs at most the file it happens to."""
+
+    def test_a_part_taken_from_its_living_owner_is_begun_again(self):
+        with DataSpace(ORBITS) as space:
+            def take(count):
+                for name in self.files():
+                    if name.endswith(".part") and not taken:
+                        taken.append(os.unlink(self.path(name)))
+            taken = []
+            task = self.known(space, ORBITS[0])
+            outcome, = cso.download([task], self.session(space), on_bytes=take)
+            self.assertEqual((outcome.state, taken), ("verified", [None]))
+
+    def test_the_age_of_a_part_is_told_by_the_clock_of_the_disk(self):
+        other = cso.Part(self.path("x.nc"))
+        mine = cso.Part(other.target)
+        for part in (other, mine):
+            part.leave()
+            with open(part.path, "wb"):
+                os.utime(part.path, (10 ** 9, 10 ** 9))     # a disk whose clock is years behind
+        elsewhere = "%s.elsewhere-1-5.part" % other.target
+        os.rename(other.path, elsewhere)
+        with open(mine.path, "rb") as mine.file:
+            task = cso.Task("", other.target)
+            self.assertFalse(cso.claim(mine, task))
+            os.utime(elsewhere, (10 ** 9 - 121, 10 ** 9 - 121))
+            self.assertTrue(cso.claim(mine, task))
+
+    def test_an_error_of_the_system_is_of_one_file_only(self):
+        look = os.listdir
+        with DataSpace(ORBITS) as space:
+            def refuse(path):
+                if path.endswith("1"):
+                    raise PermissionError(errno.EACCES, "refused")
+                return look(path)
+            tasks = [self.known(space, record)._replace(path=self.path(str(number), record.name))
+                     for number, record in enumerate(ORBITS)]
+            with mock.patch.object(os, "listdir", refuse):
+                states = sorted(one.state for one in cso.download(tasks, self.session(space)))
+            self.assertEqual(states, ["failed", "verified", "verified"])
+
+    def test_a_part_of_no_possible_process(self):
+        with DataSpace(ORBITS) as space:
+            host = cso.owner_name().rpartition("-")[0]
+            self.write("%s.%s-%d-1.part" % (ORBITS[0].name, host, 10 ** 30), "x")
+            cso.fetch(self.known(space, ORBITS[0]), self.session(space))
+            self.assertNothingElse(ORBITS[0])
+
+    def test_a_zip_of_a_file_of_another_size_is_not_unpacked(self):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x.nc", bytes(10 ** 6))
+        part = cso.Part(self.path("x.nc"))
+        part.write(packed.getvalue())
+        with mock.patch.object(shutil, "copyfileobj") as copy, \
+                self.assertRaisesRegex(cso.CheckError, "0 .nc files of 1000 bytes"):
+            cso.verify(cso.Task("", part.target, 1000), part)
+        part.leave()
+        self.assertEqual(copy.mock_calls, [])
+
+    def test_what_a_service_says_does_not_steer_the_terminal(self):
+        with DataSpace(ORBITS) as space:
+            self.account(space)
+            space.faults.add("404", text="gone \x1b[2J")
+            status, _, err = self.run_main("download", space.href(ORBITS[0]), "--report",
+                                           self.path("report.csv"))
+            self.assertEqual((status, "gone \\x1b[2J" in err, "\x1b" in err), (3, True, False))
+            self.assertIn(b"gone \\x1b[2J", self.read("report.csv"))
+
+    def test_a_report_that_fails_as_well_does_not_hide_what_ended_the_run(self):
+        with DataSpace(ORBITS) as space:
+            tasks = [self.known(space, record) for record in ORBITS]
+            reports = mock.Mock(side_effect=[None, cso.FileError("full")])
+            with mock.patch.object(cso, "write_report", reports), \
+                    mock.patch.object(cso, "check_space", mock.Mock(side_effect=SystemExit(143))), \
+                    self.assertRaises(SystemExit):
+                cso.fetch_all(tasks, self.session(space), "report", cso.Screen(io.StringIO()))
+
+    @unittest.skipIf(os.name == "nt", "signals are another matter there")
+    def test_a_signal_waits_for_no_service(self):
+        with DataSpace(one_day()) as space:
+            for on in ("odata", "logout"):
+                space.faults.add("stall-headers", on=on, times=None)
+            process = run_program(self, "run", os.path.join(HERE, "example.rc"), "--env",
+                                  "my.work=" + self.folder, *at(space.url), env=ENVIRON)
+            while not any(switched.taken for switched in space.faults.on):
+                space.closing.wait(0.01)
+            began = time.monotonic()
+            for _ in range(3):                              # as launchers of jobs do
+                process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+            self.assertEqual((process.returncode, "Traceback" in err), (143, False), err)
+            self.assertLess(time.monotonic() - began, 5)
+
+    @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
+    def test_a_terminal_and_a_reader_that_have_left(self):
+        rc = self.write("x.rc", "a : 1\n")
+        environ = dict(os.environ, PYTHONPATH=HERE, PYTHONUNBUFFERED="")
+        for args, expected in (("settings nosuch.rc", 1), ("--help", 0), ("settings " + rc, 1)):
+            with self.subTest(args):
+                ends = os.openpty() + os.pipe()
+                os.close(ends[0])
+                os.close(ends[2])
+                command = [sys.executable, "-m", "cso_dataspace"] + args.split()
+                status = subprocess.call(command, env=environ, cwd=self.folder, stderr=ends[1],
+                                         stdout=ends[3])
+                os.close(ends[1])
+                os.close(ends[3])
+                self.assertEqual(status, expected)
 
 
 class TlsTest(DownloadCase):
     """The real names and https, with an authority made for the test; proxies."""
 
-    NAMES = ["%s.dataspace.copernicus.eu" % name for name in (
-        "download", "zipper", "catalogue", "identity")] + ["files.example.eu"]
+    NAMES = NAMES + ["files.example.eu"]
 
     @classmethod
     def setUpClass(cls):
         cls.keys = tempfile.TemporaryDirectory()
-        cls.certificate = certificate(cls.keys.name, cls.NAMES)
-        if cls.certificate is None:
-            cls.keys.cleanup()
-            raise unittest.SkipTest("there is no openssl here to make a certificate with")
+        cls.authority, cls.tls = certificate(cls.keys.name, cls.NAMES)
 
     @classmethod
     def tearDownClass(cls):
@@ -6580,9 +5860,9 @@ class TlsTest(DownloadCase):
 
     def setUp(self):
         DownloadCase.setUp(self)
-        os.environ["SSL_CERT_FILE"] = self.certificate.authority
+        os.environ["SSL_CERT_FILE"] = self.authority
         os.environ.pop("SSL_CERT_DIR", None)
-        self.space = self.use(DataSpace(ORBITS, tls=self.certificate.context()))
+        self.space = self.use(DataSpace(ORBITS, tls=self.tls))
 
     def real(self, record, host="download"):
         return "https://%s.dataspace.copernicus.eu/odata/v1/Products(%s)/$value" % (host, record.id)
@@ -6603,12 +5883,12 @@ class TlsTest(DownloadCase):
 
     def test_hrefs_of_all_ages(self):
         record = ORBITS[0]
-        for href in (self.real(record), self.real(record, "zipper"),
-                     self.real(record, "zipper").replace("(", "('").replace(")", "')"),
-                     self.real(record, "zipper").replace("https", "http"),
-                     "s3:/" + s3_path(record)):
-            with self.subTest(href), self.all_names():
-                self.new_folder()
+        zipper = self.real(record, "zipper")
+        for href in (self.real(record), zipper, zipper.replace("(", "('").replace(")", "')"),
+                     zipper.replace("(", '("').replace(")", '")'), " %s\n" % zipper,
+                     zipper.replace("https", "http"),
+                     self.real(record).replace("https", "http"), "s3:/" + s3_path(record)):
+            with self.afresh(href), self.all_names():
                 self.assertEqual(self.fetch(href).state, "verified")
                 self.assertRight(self.space, record)
                 self.assertEqual(self.hosts()[-1], ("download.dataspace.copernicus.eu", True))
@@ -6618,8 +5898,8 @@ class TlsTest(DownloadCase):
             self.fetch("s3://eodata/x/S5P_none.nc")
 
     def test_an_unknown_authority_is_refused(self):
-        other = self.use(tempfile.TemporaryDirectory())
-        for path in (certificate(other).authority, self.path("missing.pem")):
+        other, _ = certificate(self.use(tempfile.TemporaryDirectory()), self.NAMES)
+        for path in (other, self.path("missing.pem")):
             with self.subTest(path), self.all_names():
                 os.environ["SSL_CERT_FILE"], os.environ["SSL_CERT_DIR"] = path, self.folder
                 with mock.patch.object(cso, "CA_BUNDLES", ()), \
@@ -6638,7 +5918,7 @@ class TlsTest(DownloadCase):
     def test_a_python_without_authorities_takes_those_of_the_system(self):
         os.environ.update(SSL_CERT_FILE=self.path("missing.pem"), SSL_CERT_DIR=self.path("missing"))
         with self.all_names(), mock.patch.object(cso, "CA_BUNDLES", (
-                self.path("none.pem"), self.certificate.authority)):
+                self.path("none.pem"), self.authority)):
             self.fetch(self.real(ORBITS[0]))
         self.assertRight(self.space, ORBITS[0])
 
@@ -6649,15 +5929,13 @@ class TlsTest(DownloadCase):
                 ("https://%s{target}" % name % "zipper", (), (name % "zipper", True)),
                 ("//%s{target}" % name % "zipper", (), (name % "zipper", True)),
                 ("https://files.example.eu{target}", (), ("files.example.eu", False)),
-                ("https://files.example.eu{target}", ["files.example.eu"],
+                ("https://files.example.eu{target}", NAMES + ["files.example.eu"],
                  ("files.example.eu", True)),
-                ("https://files.example.eu{target}", ["other.example.eu"],
-                 ("files.example.eu", False)),
+                ("https://files.example.eu{target}", ["x.example.eu"], ("files.example.eu", False)),
                 ("http://%s{target}" % name % "plain", (), (name % "plain", False)),
                 ("http://files.plain.eu{target}", ["files.plain.eu"], ("files.plain.eu", False))):
-            with self.subTest(to, trusted=trusted), DataSpace(ORBITS) as plain, self.all_names(
+            with self.afresh(to, trusted=trusted), DataSpace(ORBITS) as plain, self.all_names(
                     (name % "plain", plain), ("files.plain.eu", plain)):
-                self.new_folder()
                 self.use_no_tokens(plain, met[1])
                 self.space.faults.add("redirect", to=to)
                 self.fetch(self.real(ORBITS[0]), trusted=trusted)
@@ -6672,18 +5950,6 @@ class TlsTest(DownloadCase):
         if not strict:
             self.space.tokens.refusal = lambda header: None
 
-    def test_the_password_goes_to_https_only(self):
-        with self.all_names():
-            for scheme, refused in (("https", False), ("http", True)):
-                with self.subTest(scheme):
-                    url = scheme + "://identity.dataspace.copernicus.eu" + AUTH + "token"
-                    session = cso.Session(environ=ENVIRON, token_url=url)
-                    if refused:
-                        self.assertRaises(cso.LoginError, session.token.get)
-                    else:
-                        self.assertTrue(session.token.get())
-        self.assertEqual(self.space.count("token"), 1)
-
     def test_proxies(self):
         names = dict.fromkeys(self.NAMES, self.space)
         for password, given, no_proxy, state in (
@@ -6692,8 +5958,7 @@ class TlsTest(DownloadCase):
                 (None, "", ".copernicus.eu", "direct"), (None, "", "*", "direct"),
                 (None, "", "example.eu", "proxy"),
                 ("me:secret", "", "", "407"), ("me:secret", "me:wrong@", "", "407")):
-            with self.subTest((password, given, no_proxy)), Proxy(names, password) as proxy:
-                self.new_folder()
+            with self.afresh((password, given, no_proxy)), Proxy(names, password) as proxy:
                 os.environ.update(HTTPS_PROXY="http://%s127.0.0.1:%d" % (given, proxy.port),
                                   NO_PROXY=no_proxy)
                 with self.all_names() if state == "direct" else contextlib.ExitStack():
@@ -6716,16 +5981,13 @@ class TlsTest(DownloadCase):
         self.assertEqual(len(self.waits), 2)
 
 
-HERE = os.path.dirname(os.path.abspath(cso.__file__))
-NAMES = ["%s.dataspace.copernicus.eu" % name for name in
-         ("catalogue", "download", "zipper", "identity", "stac")]
 URLS = ("url={0}/odata/v1", "download_url={0}/odata/v1/Products({{product_id}})/$value",
         "token_url={0}" + AUTH + "token")
 
 
-def at(space):
-    """The arguments that turn example.rc to a stand-in."""
-    return [word for url in URLS for word in ("--set", url.format(space.url))]
+def at(url, *settings):
+    """The arguments that turn example.rc to a stand-in, with further settings."""
+    return [word for one in URLS + settings for word in ("--set", one.format(url))]
 
 
 def readme(kind):
@@ -6738,14 +6000,6 @@ def readme(kind):
     return [textwrap.dedent(block) for block in re.findall(r"(?m)(?:^    .*\n)+", text)]
 
 
-def run_program(*args, **options):
-    """Start the program as a user does; returns the process."""
-    environ = dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="error", **options.pop("env", {}))
-    return subprocess.Popen([sys.executable, "-m", "cso_dataspace"] + list(args), env=environ,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            universal_newlines=True, **options)
-
-
 class MainTest(Case):
     """The command line, as a user meets it."""
 
@@ -6753,14 +6007,13 @@ class MainTest(Case):
         Case.setUp(self)
         os.environ.update(ENVIRON)
         self.space = self.use(DataSpace(one_day()))
-        self.rc = os.path.join(HERE, "example.rc")
-        self.common = at(self.space) + ["--env", "my.work=" + self.folder]
+        self.common = at(self.space.url) + ["--env", "my.work=" + self.folder]
 
     def names(self, ending):
         return [name for name in self.files() if name.endswith(ending)]
 
     def test_run_writes_the_table_and_the_checked_files(self):
-        status, out, err = self.run_main("run", self.rc, *self.common)
+        status, out, err = self.run_main("run", RC, *self.common)
         self.assertEqual((status, out), (0, "8 of 8 files here: 8 verified\n"), err)
         rows = cso.read_table(self.path(self.names(".csv")[0]))
         self.assertEqual(sorted(row.filename for row in rows),
@@ -6771,46 +6024,42 @@ class MainTest(Case):
             self.assertTrue(name.startswith(os.path.join("OFFL", "2018", "07", "01")), name)
         self.assertEqual((self.space.count("value"), self.space.logins, self.space.logouts),
                          (8, 1, 1))
-        again = self.run_main("run", self.rc, *self.common)
+        again = self.run_main("run", RC, *self.common)
         self.assertEqual(again[:2], (0, "8 of 8 files here: 8 present\n"))
         self.assertEqual((self.space.count("value"), self.space.logins), (8, 2))
 
     def test_a_wrong_password_is_told_before_anything_is_written(self):
-        for environ, said in (({"CDSE_PASSWORD": "wrong"}, "Invalid user credentials"),
-                              ({"CDSE_PASSWORD": "", "CDSE_USERNAME": ""}, "none found; looked at")):
-            with self.subTest(environ), mock.patch.dict(os.environ, environ):
-                status, out, err = self.run_main("run", self.rc, *self.common)
-                self.assertEqual((status, out, err.count("\n"), self.files()), (1, "", 1, []))
-                self.assertIn(said, err)
+        os.environ["CDSE_TOKEN_URL"] = self.space.token_url
+        table = self.write("t.csv", "filename;href;size;md5\na.nc;%s;9;%s\n" % (
+            self.space.href(self.space.records[0]), "a" * 32))
+        for environ, said in (
+                ({"CDSE_PASSWORD": "wrong"}, "Invalid user credentials"),
+                ({"CDSE_PASSWORD": "", "CDSE_USERNAME": ""}, "none found; looked at")):
+            for args in (["run", RC] + self.common,
+                         ["download", table, "--dir", self.path("data")]):
+                with self.subTest(environ, args=args), mock.patch.dict(os.environ, environ):
+                    status, out, err = self.run_main(*args)
+                    self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+                    self.assertIn(said, err)
+                    self.assertEqual(self.names(".csv") + self.names(".nc"), ["t.csv"])
         self.assertEqual(self.space.count("odata"), 0)
 
-    def test_parts_are_all_rows_once(self):
-        for index in "0", "1", "2", "3":        # arrays may count from 0 or from 1
-            status, out, _ = self.run_main("run", self.rc, "--part", index + "/3", *self.common)
-            self.assertEqual(status, 0)
-        self.assertEqual((len(self.names(".nc")), self.space.count("value")), (8, 8))
-
     def test_dry_run_shows_requests_files_and_bytes_and_does_nothing(self):
-        status, out, err = self.run_main("run", self.rc, "--dry-run", *self.common)
+        status, out, err = self.run_main("run", RC, "--dry-run", *self.common)
         self.assertEqual(status, 0, err)
         self.assertIn("request: %s/Products?$filter=Collection/Name eq" % self.space.odata, out)
         self.assertIn("8 files, 160.0 kB\n", out)
-        self.assertEqual((self.files(), self.space.count("value"), self.space.logins), ([], 0, 0))
-
-    def test_report_names_every_file_and_failures_give_status_3(self):
-        self.space.faults.add("404", on="value", times=1)
-        status, out, err = self.run_main("run", self.rc, "--report", self.path("report.csv"),
-                                         *self.common)
-        self.assertEqual(status, 3)
-        self.assertIn("error: 1 files failed; run the same command again to go on\n", err)
-        lines = self.read("report.csv").decode().splitlines()
-        self.assertEqual(lines[0], "filename;state;bytes;seconds;message")
-        states = sorted(line.split(";")[1] for line in lines[1:])
-        self.assertEqual(states, ["failed"] + ["verified"] * 7)
-        self.assertEqual(self.run_main("run", self.rc, *self.common)[0], 0)
+        status, out, err = self.run_main("run", RC, "--dry-run", "--part", "0/3", *self.common)
+        self.assertEqual((status, out.count(" <- ")), (0, 3), err)
+        table = self.write("t.csv", "filename;href;size\na.nc;http://127.0.0.1/x;2500\n")
+        status, out, err = self.run_main("download", table, "--dry-run", "--dir", "data")
+        self.assertEqual((status, out), (0, "1 files, 2.5 kB\n%s <- http://127.0.0.1/x\n"
+                                         % os.path.join("data", "a.nc")), err)
+        self.assertEqual((self.files(), self.space.count("value"), self.space.logins),
+                         (["t.csv"], 0, 0))
 
     def test_download_of_a_table_or_a_href(self):
-        self.run_main("inquire", self.rc, *self.common)
+        self.run_main("inquire", RC, *self.common)
         table, = self.names(".csv")
         os.environ["CDSE_TOKEN_URL"] = self.space.token_url
         status, out, err = self.run_main("download", self.path(table), "--dir", self.path("%d"))
@@ -6822,44 +6071,55 @@ class MainTest(Case):
                          (0, self.space.body(record)), err)
 
     def test_batch_log_has_a_line_per_file_and_quiet_only_errors(self):
-        status, out, err = self.run_main("run", self.rc, *self.common)
+        status, out, err = self.run_main("run", RC, *self.common)
         done = re.findall(r"(?m)^S5P_\S+\.nc: verified, 20.0 kB in [\d.]+ s, [\d.]+ \w+/s$", err)
         self.assertEqual(len(done), 8, err)
         self.assertNotIn("\r", err)
-        self.assertEqual(self.run_main("run", self.rc, "-q", *self.common)[2], "")
+        self.assertEqual(self.run_main("run", RC, "-q", *self.common)[2], "")
 
     def test_mistakes_end_with_one_line_and_status(self):
         missing = self.path("none.rc")
-        several = self.write("two.rc", "a.timerange.start : 2018-07-01\nb.timerange.start : 2018-07-02\n")
-        broken = self.write("table.csv", "filename;href\nx.nc\n")
+        several = self.write("two.rc", "a.timerange.start : 2018\nb.timerange.start : 2019\n")
+        href = self.space.href(self.space.records[0])
+        good = self.write("good.csv", "filename;href\na.nc;%s\n" % href)
+        broken = self.write("table.csv", "filename;href\na.nc;%s\nx.nc\n" % href)
         for args, status, said in (
                 (["run", missing], 1, "error: %s: settings can't be read; tried" % missing),
                 (["run", several], 1, "choose one: --rcbase a or b"),
-                (["run", self.rc, "--part", "3"], 2, "argument --part: '3' is not I/N"),
-                (["run", self.rc, "--set", "area=1,2,3"], 1, "--set area: area: '1,2,3' is no area"),
-                (["run", self.rc, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
-                (["run", self.rc, "--set", "dmode=abc"], 1, "--set dmode: dmode: 'abc' is no mode"),
-                (["download", broken], 1, "table.csv:2: 1 fields; the header has 2"),
+                (["run", RC, "--part", "3"], 2, "argument --part: '3' is not I/N"),
+                (["run", RC, "--set", "area=1,2,3"], 1, "area: '1,2,3' is no area"),
+                (["run", RC, "--set", "download.dir=%{orbits}"], 1, "no column orbits"),
+                (["run", RC, "--set", "timerange.end=2001-01-01"], 1, "is before timerange.start"),
+                (["run", RC, "--set", "dmode=abc"], 1, "--set dmode: dmode: 'abc' is no mode"),
+                (["download", broken], 1, "table.csv:3: 1 fields; the header has 2"),
                 (["download", "nosuch.csv"], 1, "nosuch.csv: can't be read"),
+                (["download", self.folder], 1, self.folder + ": can't be read"),
+                (["download"], 2, "TABLE"),
+                (["download", self.space.odata + "/Products(x)/$value"], 1, "no product for this href"),
+                (["download", "https://[/x"], 1, "error"), (["download", "http:///x"], 1, "error"),
+                (["download", good, "--nonsense"], 2, "--nonsense"),
+                (["download", good, "--dir", "%{orbits}"], 1, "'%{orbits}' has no column orbits"),
+                (["download", good, "--part", "1/0"], 2, "'1/0' is not I/N"),
+                (["download", good, "--connections", "0", "--dry-run"], 2, "--connections"),
+                (["settings", missing], 1, missing),
                 (["run"], 2, "RCFILE"), (["dowload"], 2, "invalid choice"), ([], 2, "COMMAND"),
-                (["run", self.rc, "--set", "x"], 2, "'x' is not NAME=VALUE"),
+                (["run", RC, "--set", "x"], 2, "'x' is not NAME=VALUE"),
                 (["--version"], 0, "cso_dataspace %s" % cso.__version__)):
             with self.subTest(args=args):
-                got, out, err = self.run_main(*(args + (self.common if args[1:] and args[1] == self.rc
-                                                        else [])))
+                got, out, err = self.run_main(*(args + self.common * (RC in args)))
                 self.assertEqual(got, status, err)
                 self.assertIn(said, out + err)
                 self.assertNotIn("Traceback", err)
                 if status == 1:
                     self.assertEqual(err.count("error: "), 1, err)
-        self.assertEqual(self.names(".nc"), [])
+        self.assertEqual((self.names(".nc"), self.space.count("token")), ([], 0))
 
     def test_misspelt_setting_is_pointed_out(self):
-        _, _, err = self.run_main("run", self.rc, *(self.common + [
+        _, _, err = self.run_main("run", RC, *(self.common + [
             "--set", "cso.s5p.no2.area.minmum=3"]))
         self.assertEqual(err.count("cso.s5p.no2.area.minmum is no setting of this program and is "
                                    "ignored; is area.minimum meant?"), 1)
-        self.assertEqual(self.run_main("inquire", "-q", self.rc, *(self.common + [
+        self.assertEqual(self.run_main("inquire", "-q", RC, *(self.common + [
             "--set", "cso.s5p.no2.area.minmum=3"]))[2], "")
 
     def test_a_program_that_calls_main_stays_as_it_was(self):
@@ -6867,7 +6127,7 @@ class MainTest(Case):
             return (list(cso.log.handlers), cso.log.level, cso.log.propagate,
                     signal.getsignal(signal.SIGTERM))
         before = state()
-        for args in (["settings", self.rc, "-v"] + self.common, ["settings", "nosuch.rc", "-q"]):
+        for args in (["settings", RC, "-v"] + self.common, ["settings", "nosuch.rc", "-q"]):
             self.run_main(*args)
             self.assertEqual(state(), before)
 
@@ -6880,49 +6140,49 @@ class MainTest(Case):
                 self.assertLessEqual(out.count("\n"), 30)
 
     def test_check_tells_what_to_do(self):
-        status, out, err = self.run_main("check", self.rc, *self.common)
+        status, out, err = self.run_main("check", RC, *self.common)
         self.assertEqual((status, out.count(" ok: "), out.count("\n")), (0, 7, 7), out + err)
         self.assertIn("opensearch   ok: %s answers" % self.space.opensearch, out)
+        with mock.patch.object(os, "access", lambda *args: False):
+            status, out, _ = self.run_main("check", RC, *self.common)
+        self.assertEqual((status, out.count("NOT ok")), (1, 1), out)
+        self.assertIn("choose another download.dir", out)
         del os.environ["CDSE_PASSWORD"], os.environ["CDSE_USERNAME"]
-        status, out, err = self.run_main("check", self.rc, *self.common)
+        status, out, err = self.run_main("check", RC, *self.common)
         self.assertEqual((status, out.count("NOT ok")), (1, 2), out)
         self.assertIn("machine zipper.dataspace.copernicus.eu login USER", out)
 
-    def test_check_of_a_folder_that_cannot_be_written(self):
-        with mock.patch.object(os, "access", lambda *args: False):
-            status, out, _ = self.run_main("check", self.rc, *self.common)
-        self.assertEqual((status, out.count("NOT ok")), (1, 1), out)
-        self.assertIn("choose another download.dir", out)
-
     def test_console_without_utf8(self):
         rc = self.write("x.rc", "grid : 1 \u00d7 1\n")
-        process = run_program("settings", rc, env={"PYTHONIOENCODING": "ascii"})
-        out, err = process.communicate()
+        process = run_program(self, "settings", rc, env={"PYTHONIOENCODING": "ascii"})
+        out, err = process.communicate(timeout=30)
         self.assertEqual((process.returncode, out), (0, "grid : 1 \\xd7 1   ! %s:1\n" % rc), err)
 
     def test_reader_that_leaves_early(self):
         rc = self.write("long.rc", "".join("k%d : %s\n" % (n, "x" * 99) for n in range(5000)))
-        process = run_program("settings", rc)
+        process = run_program(self, "settings", rc)
         process.stdout.readline()
         process.stdout.close()
-        err = process.stderr.read()
-        process.stderr.close()
-        self.assertEqual((process.wait(), err), (1, ""))
+        self.assertEqual((process.stderr.read(), process.wait(30)), ("", 1))
 
 
-class ScreenTest(unittest.TestCase):
+class ScreenTest(Case):
     """The line of progress."""
 
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    def test_one_line_cut_to_the_window_ten_times_a_second(self):
+    def screen(self, width):
+        """A stream, its Screen, the Progress of two files of 1 GB, and the time in a list."""
         now, stream = [0.0], self.Terminal()
         screen = cso.Screen(stream, clock=lambda: now[0])
-        screen.width = lambda: 40
-        progress = cso.Progress([cso.Task("", "a", 10 ** 9), cso.Task("", "b", 10 ** 9)], screen,
-                                clock=lambda: now[0])
+        screen.width = lambda: width
+        tasks = [cso.Task("", "a", 10 ** 9), cso.Task("", "b", 10 ** 9)]
+        return stream, screen, cso.Progress(tasks, screen, clock=lambda: now[0]), now
+
+    def test_one_line_cut_to_the_window_ten_times_a_second(self):
+        stream, screen, progress, now = self.screen(40)
         for step in range(100):
             now[0] = step / 100.0
             progress.add(10 ** 6)
@@ -6936,11 +6196,7 @@ class ScreenTest(unittest.TestCase):
         self.assertEqual(shown[-1], "0/2 files, 97.0 MB of 2.0 GB, 101.0 MB/s, 18 s left"[:39])
 
     def test_files_that_were_there_are_not_waited_for(self):
-        now, stream = [0.0], self.Terminal()
-        screen = cso.Screen(stream, clock=lambda: now[0])
-        screen.width = lambda: 80
-        progress = cso.Progress([cso.Task("", "a", 10 ** 9), cso.Task("", "b", 10 ** 9)], screen,
-                                clock=lambda: now[0])
+        stream, _, progress, now = self.screen(80)
         progress.end(cso.Outcome("a", "present"), 10 ** 9)
         progress.add(5 * 10 ** 8)
         now[0] = 5.0
@@ -6952,21 +6208,16 @@ class ScreenTest(unittest.TestCase):
     def test_on_a_pseudo_terminal(self):
         with tempfile.TemporaryDirectory() as folder, DataSpace(one_day()) as space:
             master, slave = os.openpty()
-            command = [sys.executable, "-m", "cso_dataspace", "run",
-                       os.path.join(HERE, "example.rc"), "--env", "my.work=" + folder]
+            command = [sys.executable, "-m", "cso_dataspace", "run", RC, "--env",
+                       "my.work=" + folder]
             environ = dict(os.environ, PYTHONPATH=HERE, COLUMNS="50", **ENVIRON)
-            with subprocess.Popen(command + at(space), env=environ, stdin=subprocess.DEVNULL,
+            with subprocess.Popen(command + at(space.url), env=environ, stdin=subprocess.DEVNULL,
                                   stdout=subprocess.PIPE, stderr=slave) as process:
                 os.close(slave)
                 seen = b""
-                while True:
-                    try:
-                        data = os.read(master, 65536)
-                    except OSError:
-                        break
-                    if not data:
-                        break
-                    seen += data
+                with contextlib.suppress(OSError):          # so ends a terminal on Linux
+                    for data in iter(lambda: os.read(master, 65536), b""):
+                        seen += data
                 out = process.stdout.read()
             os.close(master)
         self.assertEqual((process.returncode, out), (0, b"8 of 8 files here: 8 verified\n"), seen)
@@ -6989,9 +6240,25 @@ class ProjectTest(Case):
         os.replace(copy, self.path("vendor", "_cds.py"))
         out = subprocess.check_output(
             [sys.executable, "-c", "from vendor import _cds; print(_cds.log.name, "
-             "_cds.box_overlap(None, [0, 0, 1, 1]), sorted(_cds.__all__) == sorted(set(_cds.__all__)))"],
+             "_cds.box_overlap(None, [0, 0, 1, 1]), len(_cds.__all__) == len(set(_cds.__all__)))"],
             cwd=self.folder, universal_newlines=True)
         self.assertEqual(out, "cso_dataspace (True, None) True\n")
+
+    def test_the_settings_of_the_readme_are_those_of_the_program(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as text:
+            rows = re.findall(r"(?m)^\| (`[a-z_`, .]+`) \| ([^|]+) \|", text.read())
+        said = {}
+        for names, defaults in rows:
+            required = defaults.startswith("required")
+            names, defaults = re.findall("`(.+?)`", names), re.findall("`(.+?)`", defaults)
+            defaults = [] if required else defaults
+            said.update(itertools.zip_longest(names, defaults[:len(names)]))
+        self.assertEqual(set(said), set(cso.SETTINGS))
+        for name, default in said.items():
+            reader, expected = cso.SETTINGS[name]
+            with self.subTest(name):
+                if default and name != "area.filter":
+                    self.assertEqual(reader(default), expected)
 
     def test_every_promised_name_is_there_with_a_docstring(self):
         for name in cso.__all__:
@@ -7012,15 +6279,14 @@ class ProjectTest(Case):
         self.assertIn("8 of 8 files here: 8 verified", out.getvalue())
         self.assertIn("8 requests for bytes, 1 login", out.getvalue())
 
-    @unittest.skipUnless(os.name == "posix" and shutil.which("openssl"), "no openssl here")
+    @unittest.skipUnless(os.name == "posix", "its commands are those of a shell")
     def test_every_command_and_snippet_of_the_readme_runs(self):
         """Against the real names, which lead to a stand-in with https, in a fresh folder."""
-        made = certificate(self.folder, NAMES)
-        space = self.use(DataSpace(one_day(), tls=made.context(),
-                                   users={"me@example.com": "secret"}))
+        os.environ["SSL_CERT_FILE"], tls = certificate(self.folder, NAMES)
+        space = self.use(DataSpace(one_day(), tls=tls, users={"me@example.com": "secret"}))
         self.use(names_on_loopback({name: space for name in NAMES}))
-        os.environ.update(SSL_CERT_FILE=made.authority, SLURM_ARRAY_TASK_ID="2")
-        shutil.copy(os.path.join(HERE, "example.rc"), self.folder)
+        os.environ["SLURM_ARRAY_TASK_ID"] = "2"
+        shutil.copy(RC, self.folder)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         tested_elsewhere = ("cp ", "python3 -m pip", "python3 test_", "python3 -m unittest")
@@ -7048,7 +6314,7 @@ def demo():
     folder = tempfile.mkdtemp(prefix="cso_demo_")
     recorded = list(RECORDS)
     with DataSpace(recorded + list(one_day())) as space:
-        command = ["run", os.path.join(HERE, "example.rc"), "--env", "my.work=" + folder] + at(space)
+        command = ["run", RC, "--env", "my.work=" + folder] + at(space.url)
         print("A stand-in of the Data Space listens at %s with %d recorded products of Sentinel-1\n"
               "to -6 and the 14 made-up NO2 orbits of 1 July 2018. Files have made-up contents.\n"
               % (space.url, len(recorded)))
@@ -7080,9 +6346,9 @@ def peak():
         with open("/proc/self/status") as status:
             return int(status.read().partition("VmHWM:")[2].split()[0]) / 1024
     except OSError:
-        import resource
+        import resource, sys
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2 ** 20 if __import__("sys").platform == "darwin" else 2 ** 10)
+            2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 """
 OURS = PEAK + "import sys, cso_dataspace as cso\nassert cso.main(sys.argv[1:]) == 0\nprint(peak())"
 BARE = PEAK + """
@@ -7090,16 +6356,11 @@ import json, sys, urllib.request
 rows = []
 for skip in range(0, 10000, 1000):
     url = sys.argv[1] + "/Products?$filter=Collection/Name%20eq%20'SENTINEL-5P'"
-    with urllib.request.urlopen(url + "&$orderby=ContentDate/Start&$top=1000&$skip=%d" % skip) as page:
+    url += "&$orderby=ContentDate/Start&$top=1000&$skip=%d" % skip
+    with urllib.request.urlopen(url) as page:
         rows += [(one["Id"], one["Name"]) for one in json.loads(page.read().decode())["value"]]
 assert len(rows) == 10000
 print(peak())"""
-HASH = """
-import hashlib
-hashed = hashlib.md5()
-with open("0.nc", "rb") as source:
-    for data in iter(lambda: source.read(1 << 18), b""):
-        hashed.update(data)"""
 BASE = ("import urllib.request, json, ssl, csv, argparse, concurrent.futures, "
         "concurrent.futures.thread")
 SERVED = {"list-5": lambda: DataSpace(made_products(10000), keep_pages=True),
@@ -7118,7 +6379,7 @@ def serve(kind):
 
 @contextlib.contextmanager
 def served(kind, seen=None):
-    with subprocess.Popen([sys.executable, os.path.join(HERE, "test_cso_dataspace.py"), "serve", kind],
+    with subprocess.Popen([sys.executable, os.path.abspath(__file__), "serve", kind],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           universal_newlines=True) as process:
         yield process.stdout.readline().strip()
@@ -7134,7 +6395,7 @@ def timed(command, folder):
     out = subprocess.check_output(command, env=environ, cwd=folder, stderr=subprocess.DEVNULL)
     wall, after = time.perf_counter() - began, os.times()
     last = out.decode().split()[-1:]
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    cpu = sum(after[2:4]) - sum(before[2:4])            # of children: user, system
     return wall, cpu, float(last[0]) if last and re.match(r"[\d.]+$", last[0]) else None
 
 
@@ -7177,23 +6438,18 @@ def figures_of_start(folder):
     print("--help: %.2f s, bare Python %.2f s (at most 0.2)" % (ours[0], base[0]))
 
 
-def settings_of_listing(url, kind):
-    path = os.path.join(tempfile.mkdtemp(), "list.rc")
-    with open(path, "w") as out:
-        out.write("a.timerange.start : 2018-01-01\na.timerange.end : 2030-01-01\n"
-                  "a.url : %s/odata/v1\na.collection : Sentinel5P\na.producttype : L2__NO2___\n"
-                  "a.area : -30,30,35,76\na.output.file : table.csv\na.download.dir : files\n"
-                  "a.download_url : %s/odata/v1/Products({product_id})/$value\n"
-                  "a.token_url : %s%stoken\n" % (url, url, url, AUTH))
-    return path
+def job(command, space_url, *settings):
+    """The command that lists, or fetches, all that a stand-in has, by example.rc."""
+    whole = ("timerange.start=2018-01-01", "timerange.end=2030-01-01", "area=", "selection=",
+             "best=F", "output.file=table.csv", "download.dir=files") + settings
+    return python(OURS, command, RC, *at(space_url, *whole))
 
 
 def figures_of_listing(folder, points, limit):
     with served("list-%d" % points) as url:
-        rc = settings_of_listing(url, points)
-        listing = python(OURS, "inquire", rc)
-        ours, bare = compared(listing + ["--set", "area="], python(BARE, url + "/odata/v1"), folder)
-        near = timed(listing, fresh(folder))
+        ours, bare = compared(job("inquire", url), python(BARE, url + "/odata/v1"), folder)
+        for _ in range(2):                      # the first one warms the caches
+            near = timed(job("inquire", url, "area=-30,30,35,76"), fresh(folder))
     print("list 10,000 of %d points: %.2f times a bare loop in time, %.2f in CPU (at most 1.5); "
           "%.0f MB, bare loop %.0f MB; with an area %.2f times, %.0f MB (at most %d)"
           % (points, ours[0] / bare[0], ours[1] / bare[1], ours[2], bare[2], near[0] / bare[0],
@@ -7205,15 +6461,10 @@ def figures_of_large_file(folder):
         print("curl is not here: no figures of transfers")
         return
     with served("large") as url:
-        rc = settings_of_listing(url, 5)
-        run, plain = python(OURS, "run", rc, "--set", "area="), curl_of(url, 1)
-        ours, curl = compared(run, plain, folder, 3)
-        hashed = [timed(plain, fresh(folder))[0] + timed(python(HASH), folder)[0]
-                  for _ in range(3)]
-    print("one file of 1 GiB with MD5: %.2f of the rate of curl without MD5 (at least 0.5), %.2f of "
-          "curl and then MD5, %.0f MB/s; %.0f MB of memory (at most 35)"
-          % (curl[0] / ours[0], statistics.median(hashed) / ours[0], 2 ** 30 / 1e6 / ours[0],
-             ours[2]))
+        ours, curl = compared(job("run", url), curl_of(url, 1), folder, 3)
+    print("one file of 1 GiB with MD5: %.2f of the rate of curl without MD5 (at least 0.5), "
+          "%.0f MB/s; %.0f MB of memory (at most 35)"
+          % (curl[0] / ours[0], 2 ** 30 / 1e6 / ours[0], ours[2]))
 
 
 def figures_of_many_files(folder):
@@ -7221,8 +6472,7 @@ def figures_of_many_files(folder):
         return
     seen = []
     with served("files", seen) as url:
-        rc = settings_of_listing(url, 5)
-        ours = [timed(python(OURS, "run", rc, "--set", "area="), fresh(folder)) for _ in range(5)]
+        ours = [timed(job("run", url), fresh(folder)) for _ in range(5)]
         seen_by_curl = curl_of(url, 200)
         curl = [timed(seen_by_curl, fresh(folder)) for _ in range(5)]
     requests = (seen[0] - 5 * 200) / 5.0
