@@ -1791,13 +1791,13 @@ class TokenCache:
         claim = self.path + ".login"
         with file_errors(claim):
             while True:
-                with contextlib.suppress(FileNotFoundError):
-                    if abs(self.now() - os.stat(claim).st_mtime) > CLAIM_AGE:
-                        os.unlink(claim)
                 with contextlib.suppress(FileExistsError):
                     open(claim, "x").close()
                     break
-                sleep(0.2)
+                sleep(0.2 + 0.2 * random.random())      # two that look at once remove two claims
+                with contextlib.suppress(FileNotFoundError):
+                    if abs(self.now() - os.stat(claim).st_mtime) > CLAIM_AGE:
+                        os.unlink(claim)
         try:
             yield
         finally:
