@@ -57,7 +57,6 @@ import signal
 import socket
 import ssl
 import stat
-import struct
 import sys
 import threading
 import time
@@ -1331,6 +1330,7 @@ MAX_REDIRECTS = 6
 CHUNK = 1 << 18                 # bytes per read: large enough for full speed, small for memory
 CRAWL = 1000                    # bytes per second; slower for a whole timeout counts as a stall
 LARGEST_PAGE = 1 << 28          # bytes of a catalogue's answer
+LONGEST_MESSAGE = 4096          # bytes that are read of an error body
 LONGEST_RETRY_AFTER = 7200      # seconds; a service that asks for more gets no further try
 
 # Where Linux, BSD and macOS keep certificate authorities, for a Python built without a path.
@@ -1366,16 +1366,14 @@ class Retry(NamedTuple):
 
 
 def is_loopback(host):
-    return host in ("localhost", "::1") or bool(
-        re.match(r"127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}\Z", host))
+    return bool(re.match(r"(localhost|::1|127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3})\Z", host))
 
 
 def split_url(url):
     """Return the parts of a url; those of a text that is no url are empty."""
-    try:
+    with contextlib.suppress(ValueError):
         return urllib.parse.urlsplit(url)
-    except ValueError:
-        return urllib.parse.urlsplit("")
+    return urllib.parse.urlsplit("")
 
 
 def host_of(url):
@@ -1404,23 +1402,31 @@ def shown(url):
     return "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)
 
 
+def failure(url, text, status=0, temporary=True, wait=None):
+    """Return the HttpError for a request to this url."""
+    return HttpError("%s: %s" % (shown(url), text), url, status, temporary, wait)
+
+
 def service_message(body):
-    """Return what an error body says, in one line, from any of the forms that the services use."""
-    text = body[:4096].decode("utf-8", "replace")
+    """Return what an error body says, in one line, from any of the forms that the services use.
+
+    A page that repeats the request does not show the token or the password that was in it.
+    """
+    text = re.sub(r"(?i)(\bbearer |(?:password|token|totp)=)[^\s\"&<]+", r"\1...",
+                  body[:LONGEST_MESSAGE].decode("utf-8", "replace"))
     try:
-        said = json.loads(text)
+        said = words_of(json.loads(text))
     except UNREADABLE:
         said = re.sub(r"(?s)<(script|style|head).*?</\1>|<[^>]*>", " ", text)
-    return " ".join(words_of(said).split())[:300]
+    return " ".join(said.split())[:300]
 
 
 def words_of(said):
     """Return the words in a decoded error body; nested forms are read inside out."""
     if isinstance(said, dict):
-        said_by_key = [words_of(said.get(key)) for key in (
+        return ": ".join(filter(None, (words_of(said.get(key)) for key in (
             "ErrorMessage", "error_description", "message", "description", "msg", "code", "loc",
-            "ErrorDetail", "detail", "error")]
-        return ": ".join(filter(None, said_by_key))
+            "ErrorDetail", "detail", "error"))))
     if isinstance(said, list):
         return "; ".join(map(words_of, said))
     return "" if said is None else str(said)
@@ -1432,37 +1438,32 @@ def retry_after(headers, now=time.time):
     if re.match(r"[0-9]{1,15}\Z", text):
         return int(text)
     try:
-        when = email.utils.parsedate_tz(text)
-        return max(0, email.utils.mktime_tz(when) - now()) if when else None
-    except (TypeError, ValueError, OverflowError):
+        return max(0, email.utils.mktime_tz(email.utils.parsedate_tz(text)) - now())
+    except UNREADABLE:
         return None
 
 
 def ca_context():
     """Return a TLS context that verifies, with the system's authorities wherever they are."""
     context = ssl.create_default_context()
-    paths = ssl.get_default_verify_paths()
-    if (context.cert_store_stats()["x509_ca"] or paths.cafile
-            or paths.capath and os.path.isdir(paths.capath) and os.listdir(paths.capath)):
-        return context
-    bundles = [path for path in CA_BUNDLES if os.path.exists(path)]
-    if not bundles:
-        with contextlib.suppress(ImportError):
-            import certifi
-            bundles.append(certifi.where())
-    if bundles:
-        context.load_verify_locations(bundles[0])
+    paths = ssl.get_default_verify_paths()      # None for those that are not there
+    if not (context.cert_store_stats()["x509_ca"] or paths.cafile
+            or paths.capath and os.listdir(paths.capath)):
+        bundles = [path for path in CA_BUNDLES if os.path.exists(path)]
+        if not bundles:
+            with contextlib.suppress(ImportError):
+                import certifi
+                bundles.append(certifi.where())
+        for path in bundles[:1]:
+            context.load_verify_locations(path)
     return context
 
 
-class Connections(urllib.request.AbstractHTTPHandler):
+class Connections(urllib.request.HTTPHandler):
     """Opens connections for urllib; the first one over TLS makes the context for all."""
 
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+    https_request = urllib.request.HTTPHandler.http_request
     context = None
-
-    def http_open(self, request):
-        return self.do_open(http.client.HTTPConnection, request)
 
     def https_open(self, request):
         self.context = self.context or ca_context()
@@ -1473,9 +1474,8 @@ class Proxies(urllib.request.ProxyHandler):
     """The proxies of the environment, but never for this machine: they would see the token."""
 
     def proxy_open(self, request, proxy, kind):
-        if is_loopback(host_of(request.full_url)):
-            return None
-        return super().proxy_open(request, proxy, kind)
+        if not is_loopback(host_of(request.full_url)):
+            return super().proxy_open(request, proxy, kind)
 
 
 class Http:
@@ -1507,47 +1507,42 @@ class Http:
 
         The token goes along only where may_see_token allows, at every redirect anew.
         """
-        start = url
         for _ in range(MAX_REDIRECTS + 1):
             allowed = token and may_see_token(url, self.trusted)
             bearer = {"Authorization": "Bearer " + token} if allowed else {}
             response = self.send(url, dict(headers, **bearer), data)
             if response.status in (200, 206):
                 return response
-            target = response.headers.get("Location")
+            target = split_url(response.headers.get("Location", "")).geturl()
             if response.status not in REDIRECTS or not target or data is not None:
                 raise status_error(url, response)
             response.close()
-            try:
-                url = urllib.parse.urljoin(url, target)
-            except ValueError:
-                raise HttpError("%s: redirected to %r, which is no url" % (
-                    shown(url), target[:200]), url, response.status) from None
-        raise HttpError("%s: more than %d redirects, the last to %s; the service is at fault, or "
-                        "the url is wrong" % (shown(start), MAX_REDIRECTS, shown(url)), url)
+            url = urllib.parse.urljoin(url, target)
+        raise failure(url, "more than %d redirects lead here; the service is at fault, or the url "
+                      "is wrong" % MAX_REDIRECTS, temporary=False)
 
 
 def connection_error(url, error):
-    """Return the HttpError for an exchange that brought no answer."""
-    reason = getattr(error, "reason", error)
-    host = host_of(url)
-    temporary, advice = True, ""
-    if "CERTIFICATE_VERIFY_FAILED" in str(reason) or isinstance(reason, ssl.CertificateError):
-        temporary, advice = False, ("; the certificate of %s is not trusted here: where a proxy "
-                                    "re-signs it, point SSL_CERT_FILE to the authority's file"
-                                    % host)
-    elif isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
-        advice = "; is the name %r right, and this machine on the network?" % host
+    """Return the HttpError for an exchange that brought no answer; no text of it is a secret."""
+    reason, host = getattr(error, "reason", error), host_of(url)
+    text = re.sub("(?s).*@", "...@", str(reason)) or type(error).__name__
+    advice, temporary = "", False
+    if "CERTIFICATE_VERIFY_FAILED" in text or isinstance(reason, ssl.CertificateError):
+        advice = ("; the certificate of %s is not trusted here: where a proxy re-signs it, point "
+                  "SSL_CERT_FILE to the authority's file" % host)
     elif isinstance(error, (ValueError, http.client.InvalidURL)) or re.match(
-            "unknown url|no host", str(reason)):
-        temporary, advice = False, "; an http or https url was expected"
-    elif "Tunnel connection failed: 407" in str(reason):
-        temporary, advice = False, "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
-    if isinstance(reason, socket.timeout):
-        reason = "no answer in time"
-    reason = re.sub(r"\S*@", "...@", str(reason or type(error).__name__))
+            "unknown url|no host", text):       # it may quote a part of a proxy's password
+        text, advice = "can't be asked", "; http://HOST/... or https://HOST/... was expected"
+    elif "Tunnel connection failed: 407" in text:
+        advice = "; the proxy wants a password: HTTPS_PROXY=http://USER:PW@HOST"
+    else:
+        temporary = True
+        if isinstance(reason, socket.timeout):
+            text = "no answer in time"
+        elif isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
+            advice = "; is the name %r right, and this machine on the network?" % host
     proxy = " (by the proxy %s)" % proxy_of(url) if proxy_of(url) else ""
-    return HttpError("%s: %s%s%s" % (shown(url), reason, proxy, advice), url, 0, temporary)
+    return failure(url, text + proxy + advice, temporary=temporary)
 
 
 def proxy_of(url):
@@ -1560,21 +1555,20 @@ def proxy_of(url):
 
 def status_error(url, response):
     """Return the HttpError for an answer with a failure status, and close it."""
-    status, body = response.status, b""
-    with response, contextlib.suppress(HttpError):      # a part of what it says will do
-        for data in chunks(response, url, 5):
+    status, wait, body = response.status, retry_after(response.headers), b""
+    with response, contextlib.suppress(HttpError):
+        for data in chunks(response, url, 5):       # the begin of what it says will do
             body += data
-            if len(body) > 4096:
+            if len(body) > LONGEST_MESSAGE:
                 break
     said = service_message(body)
     if status in REDIRECTS:
         said = "redirected to " + shown(response.headers.get("Location") or "nowhere")
-    wait = retry_after(response.headers)
     temporary = status in (408, 429) or status >= 500
     if temporary and (wait or 0) > LONGEST_RETRY_AFTER:
         temporary, said = False, "%s; try again in %d s, it says" % (said, wait)
-    text = "%s: %d %s" % (shown(url), status, http.client.responses.get(status, ""))
-    return HttpError(": ".join(filter(None, (text.strip(), said))), url, status, temporary, wait)
+    text = "%d %s" % (status, http.client.responses.get(status, ""))
+    return failure(url, ": ".join(filter(None, (text.strip(), said))), status, temporary, wait)
 
 
 def body_length(response):
@@ -1597,40 +1591,20 @@ def chunks(response, url, timeout, clock=time.monotonic, most=math.inf):
         try:
             data = response.read1(CHUNK)
         except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
-            raise HttpError("%s: connection lost after %d bytes: %s" % (
-                shown(url), count, error or type(error).__name__), url, 0, True) from error
+            raise failure(url, "connection lost after %d bytes: %s" % (
+                count, str(error) or type(error).__name__)) from error
         if not data:
             break
         count += len(data)
         if count > most:
-            raise HttpError("%s: more than %d bytes came" % (shown(url), most), url, 0, True)
+            raise failure(url, "more than %d bytes came" % most)
         yield data
         if clock() - began > timeout:
             if count - mark < CRAWL * timeout:
-                raise HttpError("%s: under %d bytes a second for %g s" % (
-                    shown(url), CRAWL, timeout), url, 0, True)
+                raise failure(url, "under %d bytes a second for %g s" % (CRAWL, timeout))
             began, mark = clock(), count
     if expected is not None and count != expected:
-        raise HttpError("%s: connection ended after %d of %d bytes" % (
-            shown(url), count, expected), url, 0, True)
-
-
-def retrying(what, action, retry, sleep):
-    """Return action(), tried again after temporary errors with growing waits.
-
-    The only retry loop of this file.  `sleep` waits so many seconds and may raise Stopped; the
-    last try raises its own error.
-    """
-    for tries in itertools.count(1):
-        try:
-            return action()
-        except DataSpaceError as error:
-            if not error.temporary or tries >= retry.maxtry:
-                raise
-            seconds = retry.wait(tries, getattr(error, "retry_after", None))
-            log.warning("%s; try %d of %d in %.3g s", error if what in str(error) else
-                        "%s: %s" % (what, error), tries + 1, retry.maxtry, seconds)
-            sleep(seconds)
+        raise failure(url, "connection ended after %d of %d bytes" % (count, expected))
 
 
 ################ Credentials and token ################
@@ -1664,20 +1638,16 @@ def find_credentials(host, environ=os.environ):
         raise LoginError("credentials: only one of CDSE_USERNAME and CDSE_PASSWORD is set; "
                          "set both or none")
     path = netrc_path(environ)
-    hosts = list(dict.fromkeys(filter(None, (host,) + NETRC_HOSTS)))
-    if os.path.exists(path):
-        check_private(path)
-        entries = read_netrc(path).hosts
-        for name in hosts:
-            if name in entries:
-                username, _, password = entries[name]
-                if not (username and password):
-                    raise LoginError("%s: machine %s has no login or no password" % (path, name))
-                return Credentials(username, password, "%s, machine %s" % (path, name))
+    entries, hosts = read_netrc(path), list(dict.fromkeys(filter(None, (host,) + NETRC_HOSTS)))
+    for name in filter(entries.get, hosts):
+        username, _, password = entries[name]
+        if not (username and password):
+            raise LoginError("%s: machine %s has no login or no password" % (path, name))
+        return Credentials(username, password, "%s, machine %s" % (path, name))
     raise LoginError(
         "credentials: none found; looked at CDSE_USERNAME and CDSE_PASSWORD in the environment, "
         "and %s for machine %s; put 'machine zipper.%s login USER password PASSWORD' there "
-        "and chmod 400 it" % (path + ("" if os.path.exists(path) else " (no such file)"),
+        "and chmod 400 it" % (path + " (no such file)" * (not os.path.exists(path)),
                               ", ".join(hosts), DOMAIN))
 
 
@@ -1686,8 +1656,12 @@ def netrc_path(environ):
 
 
 def read_netrc(path):
+    """Return (user, account, password) by host, none where there is no file; raise LoginError."""
     try:
-        return netrc.netrc(path)
+        check_private(path)
+        return netrc.netrc(path).hosts
+    except FileNotFoundError:
+        return {}
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
         # the parser's own text may quote a token of the file: name the line only
         line = getattr(error, "lineno", None)
@@ -1711,34 +1685,38 @@ def totp(secret, now):
     except ValueError:
         raise LoginError("CDSE_TOTP_SECRET: not base32; expected letters A-Z and digits 2-7, as "
                          "the account page shows it") from None
-    digest = hmac.new(key, struct.pack(">Q", int(now // 30)), hashlib.sha1).digest()
+    digest = hmac.new(key, int(now // 30).to_bytes(8, "big"), hashlib.sha1).digest()
     offset = digest[-1] & 15
-    return "%06d" % ((struct.unpack(">I", digest[offset:offset + 4])[0] & 0x7fffffff) % 10 ** 6)
+    code = int.from_bytes(digest[offset:offset + 4], "big") & 0x7fffffff
+    return "%06d" % (code % 10 ** 6)
 
 
 class Grant(NamedTuple):
-    """A token answer: `expires` is on the clock of its holder, `seconds` its whole life."""
+    """A token, one to renew it (or empty), and until when it is fresh on the clock of its holder.
+
+    Renewed up to a minute early, so that no request starts with a token about to end.
+    """
 
     access: str
     refresh: str
-    expires: float
-    seconds: float
+    until: float
 
     def __repr__(self):
-        return "Grant(expires=%r)" % self.expires
+        return "Grant(until=%r)" % self.until
 
 
 def parse_grant(body, began):
     """Return the Grant in a token answer that was asked for at clock time `began`."""
     try:
         answer = json.loads(body.decode("utf-8"))
-        access, seconds = answer["access_token"], float(answer.get("expires_in", 600))
+        access, refresh = answer["access_token"], answer.get("refresh_token")
+        seconds = float(answer.get("expires_in", 600))
+        if not (is_token(access) and seconds > 0):
+            raise ValueError
     except UNREADABLE:
         raise HttpError("token service: the answer holds no token", temporary=True) from None
-    if not is_token(access) or not seconds > 0:
-        raise HttpError("token service: the answer holds no usable token", temporary=True)
-    refresh = answer.get("refresh_token")
-    return Grant(access, refresh if is_token(refresh) else "", began + seconds, seconds)
+    until = began + seconds - min(60, seconds / 4)
+    return Grant(access, refresh if is_token(refresh) else "", until)
 
 
 def is_token(text):
@@ -1748,35 +1726,33 @@ def is_token(text):
 class TokenCache:
     """A file through which the processes of one account share a token (mode 0600, no file lock).
 
-    Times in it are wall time, which processes on several machines share as well as they can: a
-    token that seems to live longer than it may is not used, and a refusal renews it anyway.
+    It tells how long the token is fresh, and when that was written: in wall time, which processes
+    on several machines share to some seconds.  A token from the future is not used, and a refusal
+    renews it anyway.
     """
 
-    def __init__(self, path, account, now=time.time):
-        self.path, self.account, self.now = path, account, now
+    def __init__(self, path, account, clock, now):
+        self.path, self.account, self.clock, self.now = path, account, clock, now
 
-    def read(self, clock):
-        """Return the shared Grant on the given clock, or None."""
+    def read(self):
+        """Return the shared Grant, or None."""
         try:
             check_private(self.path)
             with open(self.path, encoding="utf-8") as text:
                 kept = json.load(text)
-            left = kept["expires"] - self.now()
-            if (kept["account"] != self.account or left > kept["seconds"] + 1
-                    or not is_token(kept["access"]) or not isinstance(kept["refresh"], str)):
-                return None
-            return Grant(kept["access"], kept["refresh"], clock() + left, kept["seconds"])
+            age = self.now() - kept["written"]
+            if kept["account"] == self.account and age > -30 and is_token(kept["access"]):
+                return Grant(kept["access"], kept["refresh"], self.clock() + kept["left"] - age)
         except FileNotFoundError:
-            return None
+            pass
         except (OSError,) + UNREADABLE as error:
             log.warning("%s: no usable token in it (%s)", self.path, type(error).__name__)
-            return None
+        return None
 
-    def write(self, grant, clock):
-        kept = dict(grant._asdict(), account=self.account,
-                    expires=grant.expires - clock() + self.now())
+    def write(self, grant):
         with replacing(self.path, 0o600) as out:
-            json.dump(kept, out)
+            json.dump({"account": self.account, "access": grant.access, "refresh": grant.refresh,
+                       "left": grant.until - self.clock(), "written": self.now()}, out)
 
     @contextlib.contextmanager
     def claimed(self, sleep):
@@ -1784,11 +1760,10 @@ class TokenCache:
         claim = self.path + ".login"
         with file_errors(claim):
             while True:
-                try:
-                    os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                with contextlib.suppress(FileExistsError):
+                    open(claim, "x").close()
                     break
-                except FileExistsError:
-                    sleep(0.2)
+                sleep(0.2 + 0.2 * random.random())      # two that look at once remove two claims
                 with contextlib.suppress(FileNotFoundError):
                     if abs(self.now() - os.stat(claim).st_mtime) > CLAIM_AGE:
                         os.unlink(claim)
@@ -1797,6 +1772,7 @@ class TokenCache:
         finally:
             discard(claim)
 
+
 class Token:
     """Keeps one access token for all threads and renews it before it expires.
 
@@ -1804,8 +1780,7 @@ class Token:
     refused login is remembered and never tried again.
     """
 
-    def __init__(self, post, url=TOKEN_URL, environ=os.environ, clock=time.monotonic,
-                 now=time.time, sleep=time.sleep):
+    def __init__(self, post, url, environ, clock, sleep, now=time.time):
         self.post, self.url, self.environ = post, url, environ
         self.clock, self.now, self.sleep = clock, now, sleep
         self.lock = threading.Lock()
@@ -1817,28 +1792,25 @@ class Token:
         with self.lock:
             if self.refused:
                 raise self.refused
-            self.prepare(host)
-            if not self.fresh(self.grant):
+            if self.credentials is None:
+                self.prepare(host)
+            if not self.fresh():
                 self.renew()
             return self.grant.access
 
     def prepare(self, host):
-        if self.credentials is None:
-            if not may_see_token(self.url, [host_of(self.url)]):
-                raise LoginError("%s: the password must not go over http; an https token_url was "
-                                 "expected" % shown(self.url))
-            self.credentials = find_credentials(host, self.environ)
-            path = self.environ.get("CDSE_TOKEN_CACHE")
+        """Find who logs in; the first host that needs a token tells."""
+        if not may_see_token(self.url, [host_of(self.url)]):
+            raise LoginError("%s: the password must not go over http; an https token_url was "
+                             "expected" % shown(self.url))
+        self.credentials = find_credentials(host, self.environ)
+        path = self.environ.get("CDSE_TOKEN_CACHE")
+        if path:
             account = "%s %s" % (self.credentials.username, self.url)
-            self.cache = TokenCache(path, account, self.now) if path else None
+            self.cache = TokenCache(path, account, self.clock, self.now)
 
-    def fresh(self, grant):
-        # Renewed a minute early, so that no request starts with a token about to end.
-        return grant is not None and grant.expires - self.clock() > min(60, grant.seconds / 4)
-
-    def accept(self):
-        """Take note that the service took a token."""
-        self.doubted = False
+    def fresh(self):
+        return self.grant is not None and self.grant.until > self.clock()
 
     def reject(self, token, error):
         """Take note that the service refused this token; the next get() brings another.
@@ -1846,13 +1818,13 @@ class Token:
         Two tokens refused with none taken in between are a refused login.
         """
         with self.lock:
-            if self.grant is None or token != self.grant.access:
-                return          # another thread has renewed it already
+            if not self.fresh() or token != self.grant.access:
+                return          # another thread has rejected or renewed it already
             if self.doubted:
                 self.refused = LoginError("token of %s: refused though it is new: %s" % (
                     self.credentials.username, error))
                 raise self.refused from error
-            self.doubted, self.grant = True, self.grant._replace(expires=-math.inf)
+            self.doubted, self.grant = True, self.grant._replace(until=-math.inf)
 
     def renew(self):
         if self.cache is None:
@@ -1861,42 +1833,39 @@ class Token:
             with self.cache.claimed(self.sleep):        # one process logs in, others wait here
                 if not self.take_shared():
                     self.grant = self.ask()
-                    self.cache.write(self.grant, self.clock)
+                    self.cache.write(self.grant)
 
     def take_shared(self):
         """Take what another process left, unless it is what was refused here; is it fresh?"""
-        shared = self.cache.read(self.clock)
+        shared = self.cache.read()
         if shared and not (self.grant and shared.access == self.grant.access):
             self.grant = shared         # if it is not fresh its refresh token may still serve
-        return self.fresh(self.grant)
+        return self.fresh()
 
     def ask(self):
         """Return a Grant of the service: by the refresh token where there is one, else anew."""
-        if self.grant is not None and self.grant.refresh:
+        if self.grant and self.grant.refresh:
             try:
                 return self.request(grant_type="refresh_token", refresh_token=self.grant.refresh)
             except HttpError as error:
-                if error.temporary or error.status not in (400, 401):
+                if error.status not in (400, 401, 500):     # 500 was seen for one that has ended
                     raise
-                log.info("token: the refresh was refused; logging in again")
         return self.login()
 
     def login(self):
         user, password, source = self.credentials
+        code, secret = self.environ.get("CDSE_TOTP"), self.environ.get("CDSE_TOTP_SECRET")
         fields = {"grant_type": "password", "username": user, "password": password}
-        if self.environ.get("CDSE_TOTP"):
-            fields["totp"] = self.environ["CDSE_TOTP"]
-        elif self.environ.get("CDSE_TOTP_SECRET"):
-            fields["totp"] = totp(self.environ["CDSE_TOTP_SECRET"], self.now())
+        if code or secret:
+            fields["totp"] = code or totp(secret, self.now())
         try:
             grant = self.request(**fields)
         except HttpError as error:
             if error.temporary or error.status == 0:
                 raise
-            hint = "" if "totp" in fields else (
-                "; an account with two factors also needs CDSE_TOTP or CDSE_TOTP_SECRET")
-            self.refused = LoginError("login of %s (from %s): refused: %s%s"
-                                      % (user, source, error, hint))
+            self.refused = LoginError(
+                "login of %s (from %s): refused: %s; an account with two factors also needs the "
+                "right CDSE_TOTP or CDSE_TOTP_SECRET" % (user, source, error))
             raise self.refused from error
         log.info("token: logged in as %s, from %s", user, source)
         return grant
@@ -1907,17 +1876,15 @@ class Token:
 
     def logout(self):
         """Give the session back, best effort; not where other processes may use it."""
-        grant, self.grant = self.grant, None
-        if grant is None or not grant.refresh or self.cache is not None:
-            return
-        try:
-            self.post(re.sub(r"/token$", "/logout", self.url),
-                      {"client_id": "cdse-public", "refresh_token": grant.refresh})
-        except DataSpaceError as error:
-            log.debug("logout: %s", error)
+        with self.lock:
+            grant, self.grant = self.grant, None
+        if grant and grant.refresh and not self.cache:
+            with contextlib.suppress(DataSpaceError):
+                self.post(re.sub(r"/token$", "/logout", self.url),
+                          {"client_id": "cdse-public", "refresh_token": grant.refresh})
 
 
-class Session:
+class Session(contextlib.AbstractContextManager):
     """What the requests of one run share: connections, waits, the access token, the stop flag.
 
     Use it in a `with` block, which logs out at the end.  May be used by many threads, and pickled
@@ -1929,26 +1896,16 @@ class Session:
         self.timeout, self.retry, self.connections = timeout, retry, connections
         self.trusted, self.environ, self.clock = tuple(trusted), environ, clock
         self.token_url = token_url or environ.get("CDSE_TOKEN_URL") or TOKEN_URL
-        self.given_sleep = sleep
-        self.begin()
-
-    def begin(self):
         self.stopped = threading.Event()
-        self.http = Http(self.timeout, self.trusted)
-        self.slots = Slots(self.connections)
-        self.token = Token(self.post, self.token_url, self.environ, self.clock, sleep=self.sleep)
+        self.pause = sleep or self.stopped.wait
+        self.http = Http(timeout, self.trusted)
+        self.slots = Slots(connections, self.check_stop)
+        self.token = Token(self.post, self.token_url, environ, clock, self.sleep)
 
-    def __getstate__(self):
-        # the environment may hold a password, and the copy has its own
-        left_out = ("stopped", "http", "slots", "token", "environ")
-        return {key: value for key, value in self.__dict__.items() if key not in left_out}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, environ=os.environ)
-        self.begin()
-
-    def __enter__(self):
-        return self
+    def __reduce__(self):
+        # the environment may hold a password: the copy has its own, and its own clock and waits
+        return type(self), (self.timeout, self.retry, self.trusted, self.token_url,
+                            self.connections)
 
     def __exit__(self, *error):
         if not self.stopped.is_set():
@@ -1956,7 +1913,7 @@ class Session:
 
     def sleep(self, seconds):
         """Wait so many seconds; raise Stopped at once when the run is stopped."""
-        (self.given_sleep or self.stopped.wait)(seconds)
+        self.pause(seconds)
         self.check_stop()
 
     def note(self, request):
@@ -1972,25 +1929,41 @@ class Session:
         self.stopped.set()
 
     def retrying(self, what, action, retry=None):
-        def unless_stopped():
+        """Return action(), tried again after temporary errors with growing waits.
+
+        The only retry loop of this file; the last try raises its own error.
+        """
+        retry = retry or self.retry
+        for tries in itertools.count(1):
             self.check_stop()
-            return action()
-        return retrying(what, unless_stopped, retry or self.retry, self.sleep)
+            try:
+                return action()
+            except DataSpaceError as error:
+                if not error.temporary or tries >= retry.maxtry:
+                    raise
+                seconds = retry.wait(tries, getattr(error, "retry_after", None))
+                said = error if what in str(error) else "%s: %s" % (what, error)
+                log.warning("%s; try %d of %d in %.3g s", said, tries + 1, retry.maxtry, seconds)
+            self.sleep(seconds)
 
     def read(self, response, url):
         """Return the whole body of a response, as bytes."""
-        return b"".join(chunks(response, url, self.timeout, self.clock, LARGEST_PAGE))
+        body = []
+        for data in chunks(response, url, self.timeout, self.clock, LARGEST_PAGE):
+            self.check_stop()
+            body.append(data)
+        return b"".join(body)
 
     def read_json(self, request, retry=None):
         """Return the decoded JSON object of a catalogue's answer; anything else is temporary."""
-        def ask():
-            with self.http.open(request.url, headers, data) as response:
-                body = self.read(response, request.url)
-            return decode_json(body, request.url)
         headers, data = {"Accept": "application/json"}, None
         if request.body is not None:
             headers["Content-Type"] = "application/json"
             data = json.dumps(request.body).encode("utf-8")
+
+        def ask():
+            with self.http.open(request.url, headers, data) as response:
+                return decode_json(self.read(response, request.url), request.url)
         return self.retrying("catalogue", ask, retry)
 
     def post(self, url, fields):
@@ -2002,42 +1975,44 @@ class Session:
 
     def open(self, url, headers={}):
         """Return the open response for a url that may need the token, renewed once on a 401."""
+        self.check_stop()
         if not may_see_token(url, self.http.trusted):
             return self.http.open(url, headers)
         token = self.token.get(host_of(url))
         try:
             response = self.http.open(url, headers, token=token)
-        except HttpError as error:
-            if error.status != 401:
+        except HttpError as error:      # a redirect may end at a host that was shown no token
+            if error.status != 401 or not may_see_token(error.url, self.http.trusted):
                 raise
             self.token.reject(token, error)
             response = self.http.open(url, headers, token=self.token.get(host_of(url)))
-        self.token.accept()
+        self.token.doubted = False
         return response
 
 
 def decode_json(body, url):
     """Return the JSON object in a body, or raise a temporary HttpError that shows its begin."""
-    try:
+    page = None
+    with contextlib.suppress(*UNREADABLE):
         page = json.loads(body.decode("utf-8-sig"))
-        if isinstance(page, dict):
-            return page
-    except UNREADABLE:
-        pass
-    raise HttpError("%s: no JSON object, but %d bytes that begin with %r" % (
-        shown(url), len(body), body[:40].decode("utf-8", "replace")), url, 200, True)
+    if not isinstance(page, dict):
+        raise failure(url, "no JSON object, but %d bytes that begin with %r" % (
+            len(body), body[:40].decode("utf-8", "replace")), 200)
+    return page
 
 
 class Slots:
     """How many transfers may be open at once; fewer after the service complained."""
 
-    def __init__(self, limit):
+    def __init__(self, limit, check_stop):
         self.limit, self.busy, self.change = limit, 0, threading.Condition()
+        self.check_stop = check_stop
 
     def __enter__(self):
         with self.change:
             while self.busy >= self.limit:
-                self.change.wait()
+                self.change.wait(0.2)
+                self.check_stop()
             self.busy += 1
             return self.limit
 

@@ -4662,6 +4662,34 @@ class HttpTest(DownloadCase):
             self.assertRight(space, ORBITS[0])
             self.assertEqual(proxy.requests, [])
 
+    def test_what_of_an_error_body_is_said(self):
+        for body, expected in (
+                ('{"detail": {"code": "DAT-111", "message": "Bad\\n id"}}', "Bad id: DAT-111"),
+                ("<head>x</head><p>Not <b>here</b>", "Not here"),
+                ("GET / Authorization: Bearer T0.K-en Host", "GET / Authorization: Bearer ... Host"),
+                ('{"message": "for password=s3cret&x=y"}', "for password=...&x=y"), ("", "")):
+            with self.subTest(body):
+                self.assertEqual(cso.service_message(body.encode()), expected)
+        for depth in (400, 900, 2000):          # more than may be decoded, or read
+            cso.service_message(b"[" * depth + b"]" * depth)
+
+    def test_a_stop_ends_the_wait_for_a_slot(self):
+        session = cso.Session(connections=1)
+        with session.slots:
+            waiting = threading.Thread(target=self.assertRaises, daemon=True,
+                                       args=(cso.DataSpaceError, session.slots.__enter__))
+            waiting.start()
+            session.stop()
+            waiting.join(5)
+            self.assertFalse(waiting.is_alive())
+
+    def test_a_slash_in_the_password_of_a_proxy(self):
+        """Older Pythons take what is before it for host and port."""
+        os.environ["HTTP_PROXY"] = os.environ["http_proxy"] = "http://me:s3cret/word@127.0.0.1:9"
+        with self.assertRaises(cso.HttpError) as caught:
+            cso.Http().open("http://files.example.eu/x")
+        self.assertNotIn("s3cret", str(caught.exception))
+
 
 class TokenTest(DownloadCase):
     """Credentials, one token for all, its renewal, its cache; and no secret anywhere."""
@@ -4849,7 +4877,34 @@ class TokenTest(DownloadCase):
             self.assertRight(space, *ORBITS)
             self.assertEqual((space.logins, space.refreshes), (1, 2))
 
+    def test_two_threads_may_reject_one_token(self):
+        with DataSpace(ORBITS) as space:
+            session = self.session(space)
+            token = session.token.get()
+            for _ in range(2):
+                session.token.reject(token, "401")
+            self.assertNotEqual(session.token.get(), token)
+
+    def test_a_401_of_a_host_that_was_shown_no_token_is_no_refused_login(self):
+        with DataSpace(ORBITS) as space, DataSpace(ORBITS) as other, names_on_loopback(
+                {"files.example.eu": other}):
+            space.faults.add("redirect", to="http://files.example.eu{target}", times=None)
+            session = self.session(space)
+            for record in ORBITS:
+                with self.assertRaises(cso.HttpError):
+                    cso.fetch(self.known(space, record), session)
+            self.assertEqual((space.count("token"), other.count("value")), (1, 3))
+
     # -- a token endpoint in trouble
+
+    def test_a_refresh_that_ends_in_500_is_followed_by_a_login(self):
+        with DataSpace(ORBITS) as space:
+            session = self.session(space)
+            self.fetch_all(space, session, ORBITS[:1])
+            space.revoke_tokens()
+            switch_on(space, "500 on=token")
+            self.fetch_all(space, session, ORBITS[1:])
+            self.assertEqual((space.logins, self.waits), (2, []))
 
     def test_token_endpoint_in_passing_trouble(self):
         for text, waits in (("429 on=token retry_after=33", 1), ("503 on=token times=3", 3),
@@ -4961,14 +5016,15 @@ class TokenTest(DownloadCase):
             self.assertEqual(space.logins, 2)
 
     def test_a_cache_from_another_time_is_not_used(self):
-        for hours in (-5, 5):
+        for hours, tokens in ((-5, 2), (5, 2), (0.003, 1)):     # seconds are no other time
             with self.afresh(hours), DataSpace(ORBITS) as space:
                 first, second = self.cached(space), self.cached(space)
                 first.token.now = lambda: time.time() + 3600 * hours
                 self.fetch_all(space, first, ORBITS[:1])
                 self.fetch_all(space, second, ORBITS[1:])
                 self.assertRight(space, *ORBITS)
-                self.assertEqual((space.logins + space.refreshes, space.count("value")), (2, 3))
+                self.assertEqual(
+                    (space.logins + space.refreshes, space.count("value")), (tokens, 3))
 
     def test_a_cache_that_can_not_be(self):
         """Others can read it; or there is no such folder."""
