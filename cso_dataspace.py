@@ -173,7 +173,7 @@ def replacing(path, mode=0o666):
 
 def owner_name():
     """Return host-pid of this process, for the names of files that only it writes."""
-    return "%s-%d" % (re.sub(r"[^\w.]", "_", socket.gethostname())[:40], os.getpid())
+    return "%s-%d" % (re.sub(r"\W", "_", socket.gethostname())[:40], os.getpid())
 
 
 def part_name(path):
@@ -1907,8 +1907,9 @@ class Session(contextlib.AbstractContextManager):
         return type(self), (self.timeout, self.retry, self.trusted, self.token_url,
                             self.connections)
 
-    def __exit__(self, *error):
-        if not self.stopped.is_set():
+    def __exit__(self, kind=None, *error):
+        # a signal waits for no one
+        if not self.stopped.is_set() and (kind is None or issubclass(kind, Exception)):
             self.token.logout()
 
     def sleep(self, seconds):
@@ -2634,7 +2635,7 @@ ZIP = b"PK\x03\x04"
 # First bytes of what a name promises: netCDF-4 is HDF5, older netCDF "CDF", a zip may hold it.
 SIGNATURES = {".nc": (b"\x89HDF\r\n\x1a\n", b"CDF", ZIP), ".zip": (ZIP,)}
 
-PART_ENDING = re.compile(r"\.(.+-\d+)-\d+\.part$")
+PART_ENDING = re.compile(r"\.(\w+-\d+)-\d+\.part$")
 
 
 class Task(NamedTuple):
@@ -3748,23 +3749,12 @@ def options_of(args):
     return Options(settings, base)
 
 
-@contextlib.contextmanager
-def signals_end(session):
-    """A session that is given back at the end, but not after a signal: that waits for no one."""
-    with session:
-        try:
-            yield session
-        except SystemExit:
-            session.stop()
-            raise
-
-
 def command_run(args, screen):
     options = options_of(args)
     query_of(options)
     given = {name: options.get(name) for name in SETTINGS}      # a mistake is told before all else
     directory, url = given["download.dir"], given["download_url"]
-    with signals_end(session_of(options)) as session:
+    with session_of(options) as session:
         if args.dry_run:
             return dry_run(options, session, directory, args.part)
         if may_see_token(url, session.http.trusted):            # a wrong password too
@@ -3776,7 +3766,7 @@ def command_run(args, screen):
 
 def command_inquire(args, screen):
     options = options_of(args)
-    with signals_end(session_of(options)) as session:
+    with session_of(options) as session:
         if args.dry_run:
             return dry_run(options, session)
         inquire(options.settings, options.rcbase, session)
@@ -3784,7 +3774,7 @@ def command_inquire(args, screen):
 
 
 def command_download(args, screen):
-    with signals_end(Session(connections=args.connections)) as session:
+    with Session(connections=args.connections) as session:
         rows = [row for source in args.sources for row in rows_of(source, session)]
         tasks = tasks_of(rows, args.dir, args.part)
         if args.dry_run:
@@ -3865,7 +3855,7 @@ def command_check(args, screen):
         with contextlib.suppress(SettingsError):
             folder = options.get("download.dir")
     session.retry = Retry(1)
-    with signals_end(session):
+    with session:
         for name, probe in (
                 ("python", check_python),
                 ("proxy", lambda: "ok: " + (proxy_of(url) or "none for " + host_of(url))),
