@@ -3963,11 +3963,12 @@ def main(argv=None):
         log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
         log.propagate = False
         log.addHandler(screen)
+        handlers = undo.enter_context(contextlib.ExitStack())
         with contextlib.suppress(ValueError):       # not the main thread
             for number in STOPS:
                 if signal.getsignal(number) != signal.SIG_IGN:      # as in the background
                     before = signal.signal(number, stop)
-                    undo.callback(signal.signal, number, before or signal.SIG_DFL)
+                    handlers.callback(signal.signal, number, before or signal.SIG_DFL)
         try:
             return COMMANDS[args.command](args, screen)
         except BrokenPipeError:             # stdout went to a program such as head, which ended
@@ -3976,6 +3977,7 @@ def main(argv=None):
             log.error("%s", error)
             return 1
         except SystemExit as stopped:
+            handlers.pop_all()                  # the program ends: no other signal is to cut that
             log.error("stopped by %s; what has come is kept, run again to go on",
                       STOPS[stopped.code - 128])
             return stopped.code

@@ -1041,10 +1041,11 @@ def product_value(space, request):
 
 
 def content_answer(space, request, record):
-    """The content or the part of it that is asked; If-Range is obeyed."""
+    """The content or the part of it that is asked; If-Range is obeyed (by a strong ETag only)."""
     size, version = space.size(record), space.versions[record.id]
-    etag = '"%s-%d"' % (record.id, version)
-    unchanged = request.headers.get('If-Range', etag) == etag
+    etag = space.etag and space.etag % (record.id, version)
+    condition = request.headers.get('If-Range')
+    unchanged = condition is None or condition == etag and etag.startswith('"')
     wanted = byte_span(request.range, size) if unchanged else None
     if wanted == ():
         answer = zip_problem(416, 416, 'Requested range not satisfiable')
@@ -1053,7 +1054,7 @@ def content_answer(space, request, record):
     first, last = wanted or (0, size - 1)
     name = record.name if record.name.endswith('.nc') else record.name + '.zip'
     answer = Answer(b'', 206 if wanted else 200, 'application/octet-stream', {
-        'Accept-Ranges': 'bytes', 'ETag': etag,
+        'Accept-Ranges': 'bytes', **({'ETag': etag} if etag else {}),
         'Content-Disposition': 'attachment; filename=' + name})
     if wanted:
         answer.headers['Content-Range'] = 'bytes %d-%d/%d' % (first, last, size)
@@ -1708,11 +1709,11 @@ class DataSpace(Loopback):
     def __init__(self, records=None, tls=None, content_size=20000, max_transfers=4,
                  release_delay=0, expires_in=600, users=None, totp=None, page_limit=None,
                  latency=0, opensearch='on', clock=time.monotonic, refresh_expires_in=3600,
-                 stac_next='GET', keep_pages=False):
+                 stac_next='GET', keep_pages=False, etag='"%s-%d"'):
         Loopback.__init__(self, tls)
         self.records = RECORDS if records is None else records
         self.content_size, self.latency, self.page_limit = content_size, latency, page_limit
-        self.max_transfers, self.release_delay = max_transfers, release_delay
+        self.max_transfers, self.release_delay, self.etag = max_transfers, release_delay, etag
         self.opensearch_mode, self.stac_next = opensearch, stac_next
         self.pages = {} if keep_pages else None
         self.tokens = Tokens(clock, {'user': 'password'} if users is None else users, totp,
@@ -5134,7 +5135,8 @@ verified after 3: cut at=10000, cut at=19999 | fin at=8000, fin at=8000 |
     fin at=8000, lying-range | fin at=8000, 416 | fin at=8000, html | fin at=8000, json |
     fin at=8000, empty | fin at=8000, flip at=100 | fin at=8000, cut at=100 |
     fin at=8000, chunked at=100 | fin at=8000, redirect to={target} | fin at=8000, 401 |
-    fin at=3, ignore-range, fin at=8000 | flip at=7000, fin at=8000
+    fin at=3, ignore-range, fin at=8000 | flip at=7000, fin at=8000 |
+    fin at=8000, 416 times=None
 verified after 4: drop, drop, rst at=0 | 408, 500, 502 | 503 times=3 | 429 times=3 |
     fin at=8000, rst at=0, drop | fin at=8000, 503, 429
 failed after 1: two-files times=None | 400 times=None | 403 times=None | 404 times=None
@@ -5219,6 +5221,18 @@ class DownloadTest(DownloadCase):
                 self.assertEqual({headers["Range"] for headers in others}, {"bytes=8000-"})
                 self.assertEqual((len(others), all("If-Range" in headers for headers in others)),
                                  (1 + faults.count(","), True))
+
+    def test_bytes_go_on_only_where_old_and_new_are_known_to_belong_together(self):
+        for etag, checksum, asked, condition in (
+                ('"%s-%d"', "", True, True), ('W/"%s-%d"', "", False, False), (None, "", False, False),
+                ('W/"%s-%d"', "MD5", True, False), (None, "MD5", True, False)):
+            with self.afresh((etag, checksum)), DataSpace(
+                    made_products(1, checksum=checksum), etag=etag) as space:
+                switch_on(space, "fin at=8000")
+                cso.fetch(self.task(space, space.records[0]), self.session(space))
+                self.assertRight(space, space.records[0])
+                headers = self.asked(space, space.records[0])[-1][1]
+                self.assertEqual(("Range" in headers, "If-Range" in headers), (asked, condition))
 
     def test_what_is_unknown_of_a_file(self):
         zeros = "0" * 32
@@ -5474,6 +5488,12 @@ class DownloadTest(DownloadCase):
                     cso.fetch(self.known(space, ORBITS[0]), self.session(space))
                     self.assertOnly(space, ORBITS[0])
                     self.assertEqual(space.count("value") - before, requests)
+        with self.afresh("no MD5"), DataSpace(made_products(1, checksum="")) as space:
+            record, = space.records         # nobody can tell what was left of it
+            with open(self.part_left(space, record), "wb") as out:
+                out.write(b"x" * 20000)
+            cso.fetch(self.task(space, record), self.session(space))
+            self.assertOnly(space, record)
 
     def test_two_threads_at_one_target(self):
         with DataSpace(ORBITS, latency=0.02) as space:
@@ -5509,6 +5529,10 @@ class DownloadTest(DownloadCase):
             self.assertEqual(space.peak_transfers, 1)
 
     def test_429_lowers_the_number_of_connections(self):
+        slots = cso.Slots(4, None)
+        for limit, left in ((4, 3), (4, 3), (3, 2), (2, 1), (1, 1)):    # once for each number
+            slots.shrink(limit)
+            self.assertEqual(slots.limit, left)
         records = list(made_products(12))
         for faults, delay, most in (("leisurely times=None", 0, 12 + 3), ("", 0.02, 99)):
             with self.afresh(faults), DataSpace(
