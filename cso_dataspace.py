@@ -340,7 +340,7 @@ def replaced(text, old, new, *count):
     return text.replace(old, new, *count)
 
 
-OPERATORS = {
+OPERATORS: dict = {
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le,
     "Gt": operator.gt, "GtE": operator.ge, "Is": operator.is_, "IsNot": operator.is_not,
     "In": lambda left, right: left in right, "NotIn": lambda left, right: left not in right,
