@@ -743,15 +743,16 @@ S5P_PRODUCTTYPES = (
     + ["AUX_CTMANA", "AUX_CTMFCT"])
 
 TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
-                  r"(?:Z|([+-])(\d\d):?(\d\d))?$")
+                  r"(?:Z|([+-])(\d\d):?(\d\d))?$", re.I)
+FROM_ISO = getattr(datetime.datetime, "fromisoformat", None)    # not in Python 3.6
 
-# No separator, drive or control character, not only dots and blanks, no device of Windows.
+# No separator, drive, control or half character, not only dots and blanks, no device of Windows.
 PLAIN_NAME = re.compile(r"(?i)(?![. ]*\Z)(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|\Z))"
-                        r"[^/\\:\x00-\x1f\x7f]+\Z")
+                        r"[^/\\:\x00-\x1f\x7f\ud800-\udfff]+\Z")
 
-UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-
-DIRECTORY_SUFFIXES = (".SAFE", ".SEN3", ".SEN6")
+PLAIN_ID = re.compile(r"[A-Za-z0-9_.-]+\Z")
+MD5 = re.compile(r"[0-9a-f]{32}\Z")
+HREF_ID = re.compile(r"Products\(([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})\)")
 
 
 class Product(NamedTuple):
@@ -788,18 +789,13 @@ class Box(NamedTuple):
         """Return the box of "west,south,east,north", None for an empty text; raise ValueError."""
         if not text.strip():
             return None
-        try:
-            box = cls(*(float(number) for number in text.split(",")))
-        except (TypeError, ValueError):
-            raise ValueError("is no area; expected west,south,east,north in degrees") from None
-        if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
-            raise ValueError("is no area; expected west and east within -360 and 360 degrees")
-        if not -90 <= box.south <= box.north <= 90:
-            raise ValueError("is no area; expected west,south,east,north with south <= north, both "
-                             "within -90 and 90 degrees")
-        if abs(box.east - box.west) > 360:
-            raise ValueError("is no area; expected one at most 360 degrees wide")
-        return box
+        with contextlib.suppress(TypeError, ValueError):
+            west, south, east, north = box = cls(*map(float, text.split(",")))
+            if -90 <= south <= north <= 90 and all(
+                    -360 <= lon <= 360 for lon in (west, east, east - west)):
+                return box
+        raise ValueError("is no area; expected west,south,east,north in degrees: south <= north "
+                         "within -90 and 90, west and east within -360 and 360")
 
 
 def parse_name(filename):
@@ -837,23 +833,20 @@ def parse_time(text):
 
     Takes 0 to 9 digits of fraction, and "Z", "+00:00", another offset or nothing at the end.
     """
-    if text[26:] == "Z" and hasattr(datetime.datetime, "fromisoformat"):    # the usual form, fast
-        return datetime.datetime.fromisoformat(text[:26])
+    if text[26:] == "Z" and text[20:26].isdigit() and FROM_ISO:     # the usual form, fast
+        return FROM_ISO(text[:26])
     match = TIME.match(text)
     if not match:
         raise ValueError("%r is not a time" % (text,))
-    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
-    time_ = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute), int(second),
-                              int(fraction[:6].ljust(6, "0")))
-    if sign != "0":
-        offset = datetime.timedelta(hours=int(hours), minutes=int(minutes))
-        time_ += offset if sign == "-" else -offset
-    return time_
+    *whole, fraction, sign, hours, minutes = match.groups("0")
+    offset = datetime.timedelta(hours=int(hours), minutes=int(minutes))
+    time_ = datetime.datetime(*map(int, whole), int(fraction[:6].ljust(6, "0")))
+    return time_ + offset if sign == "-" else time_ - offset
 
 
 def format_time(time_):
     """Return a datetime as the services take it, cut to milliseconds: 2018-07-01T00:00:00.000Z."""
-    return time_.strftime("%Y-%m-%dT%H:%M:%S.") + "%03dZ" % (time_.microsecond // 1000)
+    return time_.isoformat(timespec="milliseconds") + "Z"
 
 
 def expand_time(template, time_):
@@ -873,12 +866,12 @@ def mend_href(href):
 
 def href_id(href):
     """Return the product id in a url, or an empty text."""
-    match = re.search(r"Products\((%s)\)" % UUID.pattern, href)
+    match = HREF_ID.search(href)
     return match.group(1) if match else ""
 
 
 def is_directory_product(filename):
-    return filename.endswith(DIRECTORY_SUFFIXES)
+    return filename.endswith((".SAFE", ".SEN3", ".SEN6"))
 
 
 ################ Footprints ################
@@ -2036,7 +2029,8 @@ class Slots:
 # request) the products of a decoded page, None if it is no page of products, and the next Request
 # or None.  OData and OpenSearch refuse to skip more than 10,000 and stop linking there, so their
 # lists are walked by start time: the next page begins at the last start seen, and the ids seen
-# before are dropped by search().
+# before are dropped by search().  Neither its length nor its links make a page the last one: the
+# list ends where that start time, asked for again, brings the one product or nothing to skip to.
 
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
 DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
@@ -2046,6 +2040,7 @@ SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplifi
 SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
 S5P = "SENTINEL-5P"
 MISSIONS = ["SENTINEL-1", "SENTINEL-2", "SENTINEL-3", S5P, "SENTINEL-6"]
+EARLIEST, LATEST = datetime.datetime(1900, 1, 1), datetime.datetime(9000, 1, 1)
 
 
 class Query(NamedTuple):
@@ -2082,11 +2077,14 @@ def has_footprint(collection, producttype):
 
 def longest_product(query):
     """Return the time that no product of this type exceeds, to find those that began before."""
+    kind, days = query.producttype, 1
     if query.collection == S5P:
-        multi_day = query.producttype.startswith(("L2__O3_TCL", "AUX_"))
-        return datetime.timedelta(days=8 if multi_day else 1)
-    composite = query.producttype.startswith("SY_") or not query.producttype
-    return datetime.timedelta(days=1 if query.collection in MISSIONS and not composite else 32)
+        days = 8 if kind.startswith(("L2__O3_TCL", "AUX_")) else 1
+    elif query.collection not in MISSIONS or kind.startswith("AUX_") or kind.endswith("AX"):
+        days = 36525            # mosaics, models, auxiliary data: nobody says how long they hold
+    elif kind.startswith("SY_") or not kind:
+        days = 32
+    return datetime.timedelta(days)
 
 
 def wider_boxes(query):
@@ -2122,34 +2120,64 @@ def url_with(base, **parameters):
                                                safe="$,:/()'=")
 
 
-def next_in_walk(products, announced, query, request, page_size):
+def next_in_walk(products, announced, request):
     """Return where the walk by start time goes on: (since, skip), or None at its end.
 
-    Where a page holds one start time only, it is passed by skip.  A page that announces nothing
-    more is believed only when asking again from its last start time brings nothing later.
+    Where a page holds one start time only, it is passed by skip, which is None on the first page.
+    A page that begins a new start time must hold the last one: it is there, as was seen.
     """
     since, skip = request.place
-    begun = skip or since > query.start - longest_product(query)
-    if not products and not announced and (skip or not begun):
+    if not products and not announced and skip != 0:
         return None
     starts = [product.start for product in products]
     if starts != sorted(starts):
         raise CatalogueError("%s: the page is not in the order of start times that was asked for; "
                              "the list can't be completed" % shown(request.url))
-    last = starts[-1] if starts else datetime.datetime.min
-    last -= datetime.timedelta(microseconds=last.microsecond % 1000)
-    if last < since:
+    last = whole(starts[-1]) if starts else datetime.datetime.min
+    if last < since or skip == 0 and not any(whole(start) == since for start in starts):
         raise CatalogueError("%s: the page does not hold what it was asked for; the list can't be "
                              "completed, try again later" % shown(request.url))
     if last > since:
         return last, 0
-    if not announced and len(products) < page_size:
+    if skip == 0 and len(products) == 1 and not announced:
         return None
-    skip += len(products)
+    skip = (skip or 0) + len(products)
     if skip > SKIP_MAX:
         raise CatalogueError("%s: more than %d products start at %s; the service lists no more"
                              % (shown(request.url), SKIP_MAX, last))
     return last, skip
+
+
+def whole(time_):
+    """Return a time cut to milliseconds, in which services are asked."""
+    return time_.replace(microsecond=time_.microsecond // 1000 * 1000)
+
+
+def listed(page, name, request):
+    """Return the list of that name in a page; raise CatalogueError where there is none."""
+    if not isinstance(page.get(name), list):
+        raise CatalogueError("%s: the answer has no list of %r" % (shown(request.url), name))
+    return page[name]
+
+
+def product_of(product_id, filename, producttype, start, end, orbit, processing, size, md5,
+               published, geometry):
+    """Return the Product of an entry; None, zeros and odd values mean unknown."""
+    product = Product(
+        product_id, safe_name(filename), str(producttype or ""), parse_time(start),
+        parse_time(end), str(orbit or ""), str(processing or ""),
+        size if type(size) is int and 0 < size < 1 << 63 else 0, md5_text(md5),
+        str(published or ""), geometry or None)
+    texts = product.producttype + product.orbit + product.processing + product.published
+    if not PLAIN_ID.match(product_id) or not texts.isprintable():
+        raise ValueError("%.200r, %.200r: not plain texts" % (product_id, texts))
+    return product
+
+
+def md5_text(text):
+    """Return an MD5 in lower case, or an empty text for anything else, zeros too."""
+    text = str(text).lower()
+    return text if MD5.match(text) and text.strip("0") else ""
 
 
 class Walked:
@@ -2157,30 +2185,35 @@ class Walked:
 
     @classmethod
     def first(cls, query):
-        return cls.request(query, query.start - longest_product(query), 0)
+        return cls.request(query, query.start - longest_product(query))
+
+    @classmethod
+    def parse(cls, page, query, request):
+        products = [cls.product(entry) for entry in listed(page, cls.ENTRIES, request)]
+        links = (page.get("properties") or {}).get("links") or []       # of OpenSearch
+        announced = page.get("@odata.nextLink") or any(link.get("rel") == "next" for link in links)
+        place = next_in_walk(products, announced, request)
+        return products, cls.request(query, *place) if place else None
 
 
 class OData(Walked):
     """https://catalogue.dataspace.copernicus.eu/odata/v1"""
 
+    ENTRIES = "value"
+    SELECT = "Id,Name,ContentLength,ContentDate,PublicationDate,Checksum"
+
     @staticmethod
-    def request(query, since, skip):
-        select = ["Id", "Name", "ContentLength", "ContentDate", "PublicationDate", "Checksum"]
-        select += ["GeoFootprint"] if query.footprints else []
+    def request(query, since, skip=None):
+        # fewer of a page where each brings a footprint of 300 points
         fields = {"$filter": OData.condition(query, since), "$orderby": "ContentDate/Start asc",
-                  "$top": OData.page_size(query)}
+                  "$top": max(1, PAGE["odata"] // (4 if query.footprints else 1))}
         if skip:
             fields["$skip"] = skip
         if query.collection != S5P:
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
         elif query.selected:
-            fields["$select"] = ",".join(select)
+            fields["$select"] = OData.SELECT + ",GeoFootprint" * query.footprints
         return Request(url_with(query.url + "/Products", **fields), None, (since, skip))
-
-    @staticmethod
-    def page_size(query):
-        """Return the products of a page: fewer where each brings a footprint of 300 points."""
-        return max(1, PAGE["odata"] // (4 if query.footprints else 1))
 
     @staticmethod
     def condition(query, since):
@@ -2189,89 +2222,58 @@ class OData(Walked):
             terms.append("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' "
                          "and att/OData.CSC.StringAttribute/Value eq '%s')"
                          % query.producttype.replace("'", "''"))
-        terms.append("ContentDate/Start ge " + format_time(since))
-        terms.append("ContentDate/Start le " + format_time(query.end))
+        terms += ["ContentDate/Start ge " + format_time(since),
+                  "ContentDate/Start le " + format_time(query.end)]
         if query.collection != S5P:
             terms.append("ContentDate/End ge " + format_time(query.start))
         areas = ["OData.CSC.Intersects(area=geography'SRID=4326;%s')" % wkt_of([box])
                  for box in wider_boxes(query)]
-        if areas:
-            terms.append("(%s)" % " or ".join(areas))
-        return " and ".join(terms)
-
-    @staticmethod
-    def parse(page, query, request):
-        values = page.get("value")
-        if not isinstance(values, list):
-            raise CatalogueError("%s: an answer without a list of products" % shown(request.url))
-        products = [OData.product(value) for value in values]
-        place = next_in_walk(products, "@odata.nextLink" in page, query, request,
-                             OData.page_size(query))
-        return products, OData.request(query, *place) if place else None
+        return " and ".join(terms + ["(%s)" % " or ".join(areas)] * bool(areas))
 
     @staticmethod
     def product(value):
         """Return the Product of one OData entity, of a list or alone, old form or new."""
-        told = {item.get("Name"): item.get("Value") for item in value.get("Attributes") or []}
-        period = value["ContentDate"]
-        return Product(
-            value["Id"], value["Name"], str(told.get("productType") or ""),
-            parse_time(period["Start"]), parse_time(period["End"]),
-            orbit_text(told.get("orbitNumber")), str(told.get("timeliness") or ""),
-            known_size(value.get("ContentLength")), md5_of(value.get("Checksum")),
-            value.get("PublicationDate") or "",
+        told = {item.get("Name"): item.get("Value") for item in value.get("Attributes") or ()}
+        checksums = {entry.get("Algorithm"): entry.get("Value")
+                     for entry in value.get("Checksum") or ()}
+        return product_of(
+            value["Id"], value["Name"], told.get("productType"), value["ContentDate"]["Start"],
+            value["ContentDate"]["End"], told.get("orbitNumber"), told.get("timeliness"),
+            value.get("ContentLength"), checksums.get("MD5"), value.get("PublicationDate"),
             value.get("GeoFootprint") or geometry_from_wkt(value.get("Footprint")))
-
-
-def features_of(page, request):
-    """Return the features of a GeoJSON page; raise CatalogueError where it is none."""
-    features = page.get("features")
-    if page.get("type") != "FeatureCollection" or not isinstance(features, list):
-        raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
-    return features
 
 
 class OpenSearch(Walked):
     """https://catalogue.dataspace.copernicus.eu/resto/api, switched off on 2 March 2026"""
 
+    ENTRIES = "features"
+
     @staticmethod
-    def request(query, since, skip):
+    def request(query, since, skip=None):
         collection = query.collection.replace("SENTINEL-", "Sentinel")
         # the service lists what lies within its period, so it is asked for a longer one
         fields = {"startDate": format_time(since), "maxRecords": PAGE["opensearch"],
                   "completionDate": format_time(query.end + longest_product(query)),
                   "sortParam": "startDate", "sortOrder": "ascending"}
+        boxes = wider_boxes(query)
         if query.producttype:
             fields["productType"] = query.producttype
         if skip:
             fields["index"] = skip + 1
-        boxes = wider_boxes(query)
-        if len(boxes) == 1:
-            fields["box"] = "%g,%g,%g,%g" % boxes[0]
-        elif boxes:
+        if boxes:
             fields["geometry"] = wkt_of(boxes)
         url = "%s/collections/%s/search.json" % (query.url, urllib.parse.quote(collection))
         return Request(url_with(url, **fields), None, (since, skip))
-
-    @staticmethod
-    def parse(page, query, request):
-        products = [OpenSearch.product(feature) for feature in features_of(page, request)]
-        links = (page.get("properties") or {}).get("links") or []
-        announced = any(link.get("rel") == "next" for link in links)
-        place = next_in_walk(products, announced, query, request, PAGE["opensearch"])
-        return products, OpenSearch.request(query, *place) if place else None
 
     @staticmethod
     def product(feature):
         """Return the Product of one resto feature, old form or new; resto tells no MD5."""
         told = feature["properties"]
         download = (told.get("services") or {}).get("download") or {}
-        return Product(
-            feature["id"], told["title"], str(told.get("productType") or ""),
-            parse_time(told["startDate"]), parse_time(told["completionDate"]),
-            orbit_text(told.get("orbitNumber")), told.get("timeliness") or "",
-            known_size(download.get("size")), "", told.get("published") or "",
-            feature.get("geometry") or None)
+        return product_of(
+            feature["id"], told["title"], told.get("productType"), told["startDate"],
+            told["completionDate"], told.get("orbitNumber"), told.get("timeliness"),
+            download.get("size"), None, told.get("published"), feature.get("geometry"))
 
 
 class Stac:
@@ -2282,7 +2284,6 @@ class Stac:
     would bring an empty answer, not an error.
     """
 
-    STREAMS = ("nrti", "offl", "rpro")
     UNUSED = ",".join("-properties." + name for name in (     # most of an item's 20 to 70 kB
         "cube:variables", "cube:dimensions", "auth:schemes", "storage:schemes"))
 
@@ -2302,39 +2303,42 @@ class Stac:
             return [query.collection]
         if query.collection != S5P:
             return []
-        level, _, kind = query.producttype.partition("_")
-        name = "sentinel-5p-%s-%s" % (level[:2].lower(), re.sub("_+", "-", kind.strip("_")).lower())
-        return ["%s-%s" % (name, stream) for stream in Stac.STREAMS]
+        level, _, kind = query.producttype.lower().partition("_")
+        kind = "sentinel-5p-%s-%s-" % (level[:2], re.sub("_+", "-", kind.strip("_")))
+        return [kind + stream for stream in ("nrti", "offl", "rpro")]
 
     @staticmethod
-    def search(query, names):
-        period = "%s/%s" % (format_time(query.start), format_time(query.end))
-        fields = {"collections": ",".join(names), "datetime": period, "limit": PAGE["stac"],
-                  "sortby": "+properties.datetime", "fields": Stac.UNUSED}
-        if query.producttype and not Stac.names(query):
-            fields.update({"filter": "\"product:type\"='%s'" % query.producttype.replace("'", "''"),
-                           "filter-lang": "cql2-text"})
-        boxes = wider_boxes(query)
-        if len(boxes) == 1:
-            fields["bbox"] = "%g,%g,%g,%g" % boxes[0]
-        elif boxes:
-            # a bbox over the antimeridian is read the long way round
-            del fields["fields"]
-            fields.update(collections=names, sortby=[{"field": "datetime", "direction": "asc"}],
-                          intersects={"type": "MultiPolygon",
-                                      "coordinates": [[ring_of(box)] for box in boxes]})
-            return Request(query.url + "/search", fields)
-        return Request(url_with(query.url + "/search", **fields))
+    def search(query, names, sure=False):
+        """Return the request for items; `sure`: the collections are there, so none may be found."""
+        url, boxes = query.url + "/search", wider_boxes(query)
+        fields = {"collections": ",".join(names), "limit": PAGE["stac"], "datetime": "%s/%s" % (
+            format_time(query.start), format_time(query.end))}
+        typed = query.producttype and not Stac.names(query)
+        if len(boxes) < 2:
+            fields.update({"sortby": "+properties.datetime", "fields": Stac.UNUSED})
+            if typed:
+                fields["filter-lang"] = "cql2-text"
+                fields["filter"] = "\"product:type\"='%s'" % query.producttype.replace("'", "''")
+            if boxes:
+                fields["bbox"] = "%g,%g,%g,%g" % boxes[0]
+            return Request(url_with(url, **fields), None, sure)
+        # by POST: a bbox over the antimeridian is read the long way round
+        fields.update(collections=names, sortby=[{"field": "datetime", "direction": "asc"}],
+                      intersects={"type": "MultiPolygon",
+                                  "coordinates": [[ring_of(box)] for box in boxes]})
+        if typed:
+            fields["filter-lang"] = "cql2-json"
+            fields["filter"] = {"op": "=", "args": [{"property": "product:type"},
+                                                    query.producttype]}
+        return Request(url, fields, sure)
 
     @staticmethod
     def parse(page, query, request):
         following = Stac.following(page, request)
         if "collections" in page:
             return None, Stac.after_collections(page, following, query, request)
-        products = [Stac.product(item) for item in features_of(page, request)]
-        if following:
-            following = following._replace(place="later page")
-        elif not products and not request.place:
+        products = [Stac.product(item) for item in listed(page, "features", request)]
+        if not (products or following or request.place):
             following = Stac.collections(query)
         return products, following
 
@@ -2342,7 +2346,7 @@ class Stac:
     def after_collections(page, following, query, request):
         """Return the search of the mission's collections that hold the type; raise if none does."""
         known = request.place
-        more = [one for one in page["collections"] if one not in known]
+        more = [one for one in listed(page, "collections", request) if one not in known]
         if following and more:
             return following._replace(place=known + more)
         if following:
@@ -2356,17 +2360,17 @@ class Stac:
                 "%s: no collection for %s %s; this service holds only the types that its "
                 "collections name, %s/odata/v1 holds all" % (
                     shown(request.url), query.collection, query.producttype, CATALOGUE_URL))
-        return Stac.search(query, found)._replace(place="known to be there")
+        return Stac.search(query, found, sure=True)
 
     @staticmethod
     def following(page, request):
+        """Return the request that a page's next link asks for, or None."""
         for link in page.get("links") or []:
             if link.get("rel") == "next":
-                url = urllib.parse.urljoin(request.url, link["href"])
-                body = link.get("body")
+                body = link.get("body") if link.get("method", "GET").upper() == "POST" else None
                 if body is not None and link.get("merge"):
                     body = dict(request.body or {}, **body)
-                return Request(url, body if link.get("method", "GET").upper() == "POST" else None)
+                return Request(urllib.parse.urljoin(request.url, link["href"]), body, True)
         return None
 
     @staticmethod
@@ -2384,15 +2388,14 @@ class Stac:
         checksum = asset.get("file:checksum") or ""
         if not href_id(href):
             raise ValueError("no product id in %s" % item["id"])
-        return Product(
-            href_id(href), filename, told.get("product:type") or "",
-            parse_time(told.get("start_datetime") or told["datetime"]),
-            parse_time(told.get("end_datetime") or told["datetime"]),
-            orbit_text(told.get("sat:absolute_orbit")),
-            told.get("product:timeliness_category") or "", known_size(asset.get("file:size")),
+        return product_of(
+            href_id(href), filename, told.get("product:type"),
+            told.get("start_datetime") or told["datetime"],
+            told.get("end_datetime") or told["datetime"], told.get("sat:absolute_orbit"),
+            told.get("product:timeliness_category"), asset.get("file:size"),
             # multihash of MD5: varint code 0xd5 0x01, length 16
-            md5_text(checksum[6:] if checksum.startswith("d50110") else ""),
-            told.get("published") or "", item.get("geometry"))
+            checksum[6:] if checksum.startswith("d50110") else "", told.get("published"),
+            item.get("geometry"))
 
 
 def may_hold(collection, producttype):
@@ -2402,31 +2405,6 @@ def may_hold(collection, producttype):
 
 
 ADAPTERS = {"odata": OData, "opensearch": OpenSearch, "stac": Stac}
-
-
-def orbit_text(number):
-    """Return an orbit number as text; the catalogues write 0 for unknown."""
-    return str(number) if number else ""
-
-
-def known_size(number):
-    return number if type(number) is int and 0 < number < 1 << 63 else 0
-
-
-def md5_text(text):
-    """Return an MD5 in lower case, or an empty text for anything else, zeros too."""
-    try:
-        return text.lower() if len(text) == 32 and int(text, 16) else ""
-    except (TypeError, ValueError):
-        return ""
-
-
-def md5_of(checksums):
-    """Return the MD5 in OData's list of checksums, or an empty text."""
-    for entry in checksums or []:
-        if isinstance(entry, dict) and str(entry.get("Algorithm", "")).upper() == "MD5":
-            return md5_text(entry.get("Value"))
-    return ""
 
 
 def api_of(url):
@@ -2474,7 +2452,10 @@ def first_page(query, session):
     """
     api = api_of(query.url) if query.api == "auto" else query.api
     substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
-    query = query._replace(api=api, url=query.url.rstrip("/"), collection=mission(query.collection))
+    query = query._replace(
+        api=api, url=query.url.rstrip("/"), collection=mission(query.collection),
+        start=whole(max(query.start, EARLIEST)),
+        end=min(query.end, LATEST) + datetime.timedelta(microseconds=999))
     request = ADAPTERS[api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
     try:
@@ -2499,14 +2480,9 @@ def turn_page(query, request, session, retry=None):
     session.note(request)
     page = session.read_json(request, retry)
     try:
-        products, following = ADAPTERS[query.api].parse(page, query, request)
-        for product in products or ():
-            safe_name(product.filename)
-            "".join((product.product_id, product.producttype, product.orbit, product.processing,
-                     product.published)).encode("utf-8")        # texts, and such as can be written
-        return products, following
+        return ADAPTERS[query.api].parse(page, query, request)
     except UNREADABLE as error:
-        raise CatalogueError("%s: a product that can't be read (%s: %s)" % (
+        raise CatalogueError("%s: an answer that can't be read (%s: %s)" % (
             shown(request.url), type(error).__name__, error)) from error
 
 
