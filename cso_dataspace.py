@@ -2077,14 +2077,14 @@ def has_footprint(collection, producttype):
 
 def longest_product(query):
     """Return the time that no product of this type exceeds, to find those that began before."""
-    kind, days = query.producttype, 1
+    kind = query.producttype
     if query.collection == S5P:
         days = 8 if kind.startswith(("L2__O3_TCL", "AUX_")) else 1
     elif query.collection not in MISSIONS or kind.startswith("AUX_") or kind.endswith("AX"):
         days = 36525            # mosaics, models, auxiliary data: nobody says how long they hold
-    elif kind.startswith("SY_") or not kind:
-        days = 32
-    return datetime.timedelta(days)
+    else:
+        days = 32 if kind.startswith("SY_") or not kind else 1
+    return datetime.timedelta(days=days)
 
 
 def wider_boxes(query):
@@ -2097,7 +2097,7 @@ def wider_boxes(query):
     east = west + width + 2 * SERVER_MARGIN
     south, north = box.south - SERVER_MARGIN, box.north + SERVER_MARGIN
     if east - west >= 360:
-        return [Box(-180.0, south, 180.0, north)]
+        west, east = -180.0, 180.0
     if east <= 180:
         return [Box(west, south, east, north)]
     return [Box(west, south, 180.0, north), Box(-180.0, south, east - 360, north)]
@@ -2130,22 +2130,23 @@ def next_in_walk(products, announced, request):
     if not products and not announced and skip != 0:
         return None
     starts = [product.start for product in products]
-    if starts != sorted(starts):
-        raise CatalogueError("%s: the page is not in the order of start times that was asked for; "
-                             "the list can't be completed" % shown(request.url))
     last = whole(starts[-1]) if starts else datetime.datetime.min
-    if last < since or skip == 0 and not any(whole(start) == since for start in starts):
-        raise CatalogueError("%s: the page does not hold what it was asked for; the list can't be "
-                             "completed, try again later" % shown(request.url))
+    if starts != sorted(starts) or last < since or skip == 0 and not any(
+            whole(start) == since for start in starts):
+        raise incomplete(request, "the page does not hold what was asked for, by start time")
     if last > since:
         return last, 0
     if skip == 0 and len(products) == 1 and not announced:
         return None
     skip = (skip or 0) + len(products)
     if skip > SKIP_MAX:
-        raise CatalogueError("%s: more than %d products start at %s; the service lists no more"
-                             % (shown(request.url), SKIP_MAX, last))
+        raise incomplete(request, "more than %d products start at %s" % (SKIP_MAX, last))
     return last, skip
+
+
+def incomplete(request, why):
+    return CatalogueError("%s: %s; the list can't be completed, try again later"
+                          % (shown(request.url), why))
 
 
 def whole(time_):
@@ -2350,8 +2351,7 @@ class Stac:
         if following and more:
             return following._replace(place=known + more)
         if following:
-            raise CatalogueError("%s: a page of collections brings nothing new while more is "
-                                 "announced" % shown(request.url))
+            raise incomplete(request, "a page of collections brings nothing new")
         wanted, prefix = Stac.names(query), query.collection.lower() + "-"
         found = [one["id"] for one in known + more if one["id"] in wanted or (
             not wanted and one["id"].startswith(prefix) and may_hold(one, query.producttype))]
@@ -2438,9 +2438,7 @@ def search(query, session):
         if products is not None:
             barren = 0 if fresh else barren + 1
         if barren > (0 if products and query.api == "stac" else 1):
-            raise CatalogueError("%s: page after page brings nothing new while more is announced; "
-                                 "the list can't be completed, try again later"
-                                 % shown(request.url))
+            raise incomplete(request, "page after page brings nothing new, but announces more")
         request, page = following, turn_page(query, following, session)
 
 
@@ -2495,6 +2493,9 @@ def odata_beside(url):
 
 COLUMNS = ("orbit", "start_time", "end_time", "processing", "collection", "processor_version",
            "filename", "href")
+
+
+HREF = re.compile(r"(https?|s3)://[\x21-\x7e]+\Z")
 
 
 class Row(NamedTuple):
@@ -2577,12 +2578,10 @@ def checked_row(header, fields):
     """Return the Row of one line, or raise ValueError."""
     if len(fields) != len(header):
         raise ValueError("%d fields; the header has %d" % (len(fields), len(header)))
-    told = dict.fromkeys(COLUMNS, "")
-    told.update((name, field.strip()) for name, field in zip(header, fields)
-                if name in Row._fields)
-    row = Row(**told)
+    told = {name: field.strip() for name, field in zip(header, fields) if name in Row._fields}
+    row = Row(**dict(dict.fromkeys(COLUMNS, ""), **told))
     safe_name(row.filename)
-    if not re.match(r"(https?|s3)://[\x21-\x7e]+$", row.href) or not host_of(row.href):
+    if not HREF.match(row.href) or not host_of(row.href):
         raise ValueError("%r is no href; expected https://... or s3://..." % row.href[:200])
     if not re.match(r"[0-9]{0,18}\Z", row.size):
         raise ValueError("%r is no size in bytes" % row.size[:40])
@@ -3069,13 +3068,17 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
 # ValueError with what is wrong with it, and the defaults.
 
 
-def one_of(*choices):
-    """Return a reader that takes these texts only."""
+def matching(pattern, fault):
+    """Return a reader that takes texts of this pattern only."""
     def reader(text):
-        if text not in choices:
-            raise ValueError("is unknown; expected " + " or ".join(choices))
+        if not re.match(pattern, text):
+            raise ValueError(fault)
         return text
     return reader
+
+
+def one_of(*choices):
+    return matching("(%s)\\Z" % "|".join(choices), "is unknown; expected " + " or ".join(choices))
 
 
 def of_type(totype, low=None, high=math.inf):
@@ -3089,34 +3092,22 @@ def of_type(totype, low=None, high=math.inf):
     return reader
 
 
-def catalogue_url(text):
-    if not re.match(r"https?://[^/\s@]+(/|$)", text):
-        raise ValueError("is no url; expected https://HOST/... and no password in it")
-    return text
-
-
 def known_collection(text):
     """Return the collection in the catalogue's spelling; both spellings are taken."""
     name = mission(text)
-    meant = difflib.get_close_matches(name.upper(), MISSIONS, 1, 0.8)
-    if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
+    meant = [] if re.match(r"sentinel-\dp?-", name) else (     # the name of a STAC collection
+        difflib.get_close_matches(name.upper(), MISSIONS, 1, 0.8))
+    if name not in meant and meant or not re.match(r"[\w.-]+$", name):
         known = (meant or [S5P])[0]
         raise ValueError("is unknown; expected %s or %s" % (
             known.replace("SENTINEL-", "Sentinel"), known))
     return name
 
 
-def href_template(text):
-    if "{product_id}" not in text:
-        raise ValueError("has no {product_id} in it")
-    return text
-
-
 def check_columns(names):
-    unknown = [name for name in names if name not in Row._fields]
+    unknown = " ".join(name for name in names if name not in Row._fields)
     if unknown:
-        raise ValueError("has no column %s; expected %s" % (
-            " ".join(unknown), " ".join(Row._fields)))
+        raise ValueError("has no column %s; expected %s" % (unknown, " ".join(Row._fields)))
 
 
 def column_names(text):
@@ -3148,7 +3139,8 @@ SECONDS = of_type("float", 0, 1e6)
 SETTINGS = {        # of an inquiry, after its base: (reader of the text, default)
     "timerange.start": (of_type("datetime"), REQUIRED),
     "timerange.end": (of_type("datetime"), REQUIRED),
-    "url": (catalogue_url, REQUIRED),
+    "url": (matching(r"https?://[^/\s@]+(/|$)", "is no url; expected https://HOST/... and no "
+                     "password in it"), REQUIRED),
     "api": (one_of("auto", *ADAPTERS), "auto"),
     "collection": (known_collection, REQUIRED),
     "producttype": (str, ""),
@@ -3157,7 +3149,8 @@ SETTINGS = {        # of an inquiry, after its base: (reader of the text, defaul
     "area.filter": (one_of("local", "server"), ""),
     "selection": (row_condition, None),
     "best": (of_type("bool"), False),
-    "download_url": (href_template, DOWNLOAD_URL),
+    "download_url": (matching(r"(?=.*\{product_id\})" + HREF.pattern, "is no url with "
+                              "{product_id} in it"), DOWNLOAD_URL),
     "output.file": (str, REQUIRED),
     "output.columns": (column_names, COLUMNS),
     "output.geojson": (str, ""),
@@ -3179,11 +3172,15 @@ class Options:
     def __init__(self, settings, rcbase=""):
         self.settings, self.rcbase = settings, rcbase
 
+    def find(self, name):
+        """Return the text of a setting, empty where there is none, and its place."""
+        key = self.settings.find(self.rcbase, name)
+        return self.settings.get(key, "str") if key else "", self.settings.place(key)
+
     def get(self, name, required=False):
         """Return the value of a setting, its default where it is absent or empty."""
         reader, default = SETTINGS[name]
-        key = self.settings.find(self.rcbase, name)
-        text = self.settings.get(key, "str") if key else ""
+        text, place = self.find(name)
         try:
             if text.strip():
                 return reader(text)
@@ -3191,15 +3188,14 @@ class Options:
             raise self.wrong(name, error) from None
         if required or default is REQUIRED:
             raise SettingsError("%s: this setting is missing; expected a line '%s : ...'" % (
-                name, candidates(self.rcbase, name)[0]), self.settings.place(key))
+                name, candidates(self.rcbase, name)[0]), place)
         return default
 
     def wrong(self, name, message):
         """Return the error for a setting, with its place and its value, but no password in it."""
-        key = self.settings.find(self.rcbase, name)
-        text = self.settings.get(key, "str", "") if key else ""
-        return SettingsError("%s: %.200r %s" % (name, re.sub(r"\S*@", "...@", text), message),
-                             self.settings.place(key))
+        text, place = self.find(name)
+        text = re.sub(r"\S*@", "...@", text)
+        return SettingsError("%s: %.200r %s" % (name, text, message), place)
 
     def warn_of_misspelt(self):
         prefix = self.rcbase + "." if self.rcbase else ""
@@ -3222,8 +3218,6 @@ def query_of(options):
         "timerange.start", "timerange.end", "url", "api", "collection", "area"))
     if end < start:
         raise options.wrong("timerange.end", "is before timerange.start, %s" % start)
-    if not 1900 <= start.year <= end.year <= 9000:
-        raise options.wrong("timerange.start", "is no year of a satellite; expected 1900 to 9000")
     try:
         if api == "auto":
             api_of(url)
@@ -3275,25 +3269,24 @@ def in_period(products, query):
 def in_area(products, query, minimum):
     """Yield (product, covered fraction of the area or None) for those that overlap the area."""
     if query.box is None or not has_footprint(query.collection, query.producttype):
-        return ((product, None) for product in products)
-
-    def covered():
-        unknown = 0
-        for product in products:
-            overlaps, fraction = box_overlap(product.geometry, query.box)
-            unknown += fraction is None
-            yield product, fraction if overlaps else -1         # outside
-        if unknown:
-            log.warning("footprints: %d missing or not readable; these products count as "
-                        "overlapping", unknown)
+        yield from ((product, None) for product in products)
+        return
 
     def reason(found):
-        if found[1] is None or 100 * found[1] >= minimum:
-            return ""
-        return "outside" if found[1] < 0 else (
-            "cover less than area.minimum, %g per cent" % minimum)
+        _, overlaps, fraction = found
+        if not overlaps:
+            return "outside"
+        few = fraction is not None and 100 * fraction < minimum
+        return "cover less than area.minimum, %g per cent" % minimum if few else ""
 
-    return sieve(covered(), "area", reason)
+    unknown = 0
+    found = ((product, *box_overlap(product.geometry, query.box)) for product in products)
+    for product, _, fraction in sieve(found, "area", reason):
+        unknown += fraction is None
+        yield product, fraction
+    if unknown:
+        log.warning("footprints: %d missing or not readable; these products count as overlapping",
+                    unknown)
 
 
 def selected(rows, options):
@@ -3324,7 +3317,7 @@ def best_rows(rows):
 
     def merit(row):
         return (STREAM_RANK.get(row.processing, 0), row.collection, row.processor_version,
-                parse_name(row.filename).get("production", ""))
+                parse_name(row.filename).get("production", ""), row.filename, row.product_id)
 
     def reason(row):
         orbit = row.producttype, parse_name(row.filename).get("orbit", "")
@@ -3342,9 +3335,8 @@ def session_of(options):
     """Return the Session that the settings ask for."""
     retry = Retry(*map(options.get, (
         "download.maxtry", "download.nsec_wait", "download.nsec_wait_max")))
-    timeout, trusted, token_url, connections = map(options.get, (
-        "timeout", "trusted_hosts", "token_url", "download.connections"))
-    return Session(timeout, retry, trusted, token_url, connections)
+    return Session(options.get("timeout"), retry, *map(options.get, (
+        "trusted_hosts", "token_url", "download.connections")))
 
 
 def list_rows(options, session):
@@ -3381,6 +3373,8 @@ def inquire(settings, rcbase="", session=None, today=None):
     path, geojson = (expand_time(options.get("output." + name), today)
                      for name in ("file", "geojson"))
     columns, dmode = options.get("output.columns"), options.get("dmode")
+    if os.path.abspath(geojson) == os.path.abspath(path):
+        raise options.wrong("output.geojson", "is the table, output.file; expected another file")
     rows, geometries = list_rows(options, session or session_of(options))
     write_table(rows, path, columns, dmode)
     log.info("%s: %d products", path, len(rows))
@@ -3494,6 +3488,8 @@ class UtopyaRc:
 
     def WriteSettings(self, filename):
         """Write all values, variables filled in."""
+        if self.rcf is None:
+            raise SettingsError("%s: no settings file is read yet; call InitRc" % filename)
         write_settings(self.rcf.settings, filename)
 
 
