@@ -735,13 +735,6 @@ S5P_NAME = re.compile(
 # The baseline in the names of Sentinel-2 (N0500), -3 (004.SEN3) and -6 (F08.SEN6).
 BASELINE = re.compile(r"S2.*_N(?P<s2>\d{4})_R|S3.*_(?P<s3>\d{3})\.SEN3$|S6.*_(?P<s6>\w{3})\.SEN6$")
 
-S5P_PRODUCTTYPES = (
-    ["L1B_RA_BD%d" % band for band in range(1, 9)] + ["L1B_IR_SIR", "L1B_IR_UVN"]
-    + ["L2__" + species.ljust(6, "_") for species in (
-        "AER_AI AER_LH CH4 CLOUD CO HCHO NO2 NP_BD3 NP_BD6 NP_BD7 O3 O3_TCL O3__PR SO2 "
-        "AER_OT BRO SIF CHOCHO FRESCO OCLO TCWV").split()]
-    + ["AUX_CTMANA", "AUX_CTMFCT"])
-
 TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
                   r"(?:Z|([+-])(\d\d):?(\d\d))?$", re.I)
 FROM_ISO = getattr(datetime.datetime, "fromisoformat", None)    # not in Python 3.6
@@ -2029,8 +2022,8 @@ class Slots:
 # request) the products of a decoded page, None if it is no page of products, and the next Request
 # or None.  OData and OpenSearch refuse to skip more than 10,000 and stop linking there, so their
 # lists are walked by start time: the next page begins at the last start seen, and the ids seen
-# before are dropped by search().  Neither its length nor its links make a page the last one: the
-# list ends where that start time, asked for again, brings the one product or nothing to skip to.
+# before are dropped by search().  So each page holds something that was seen, else it is not the
+# one asked for; and the list ends where that is all, whatever pages say or leave out.
 
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
 DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
@@ -2123,22 +2116,22 @@ def url_with(base, **parameters):
 def next_in_walk(products, announced, request):
     """Return where the walk by start time goes on: (since, skip), or None at its end.
 
-    Where a page holds one start time only, it is passed by skip, which is None on the first page.
-    A page that begins a new start time must hold the last one: it is there, as was seen.
+    Where a page holds one start time only, all but its last product are skipped.  `skip` is None
+    on the first page, which alone may be empty.
     """
     since, skip = request.place
-    if not products and not announced and skip != 0:
+    if not products and not announced and skip is None:
         return None
     starts = [product.start for product in products]
     last = whole(starts[-1]) if starts else datetime.datetime.min
-    if starts != sorted(starts) or last < since or skip == 0 and not any(
+    if starts != sorted(starts) or last < since or skip is not None and not any(
             whole(start) == since for start in starts):
         raise incomplete(request, "the page does not hold what was asked for, by start time")
     if last > since:
         return last, 0
-    if skip == 0 and len(products) == 1 and not announced:
+    if len(products) == 1 and not announced:
         return None
-    skip = (skip or 0) + len(products)
+    skip = (skip or 0) + len(products) - 1
     if skip > SKIP_MAX:
         raise incomplete(request, "more than %d products start at %s" % (SKIP_MAX, last))
     return last, skip
@@ -2207,7 +2200,7 @@ class OData(Walked):
     def request(query, since, skip=None):
         # fewer of a page where each brings a footprint of 300 points
         fields = {"$filter": OData.condition(query, since), "$orderby": "ContentDate/Start asc",
-                  "$top": max(1, PAGE["odata"] // (4 if query.footprints else 1))}
+                  "$top": max(2, PAGE["odata"] // (4 if query.footprints else 1))}
         if skip:
             fields["$skip"] = skip
         if query.collection != S5P:
@@ -3235,13 +3228,11 @@ def query_of(options):
 
 
 def meant_type(text):
-    """Return the product types that a short or padded name may mean, such as NO2 or L2__NO2."""
-    bare = re.sub(r"^L2_+", "", text.upper()).strip("_")
-    found = [known for known in S5P_PRODUCTTYPES if known.upper() == text.upper()
-             or known[4:].strip("_") == bare]
-    if not found:
-        found = difflib.get_close_matches(text.upper().ljust(10, "_"), S5P_PRODUCTTYPES, 3)
-    return " or ".join(found or ["a type such as L2__NO2___"])
+    """Return the product type that an unpadded name may mean, such as NO2 or L2__NO2."""
+    kind = re.sub(r"^L2_+", "", text.upper()).strip("_")
+    level = "" if kind.startswith(("L1B_", "L2B_", "AUX_")) else "L2__"
+    padded = level + kind.ljust(10 - len(level), "_")
+    return padded if len(padded) == 10 else "a type such as L2__NO2___"
 
 
 def sieve(items, name, reason, level=logging.INFO):

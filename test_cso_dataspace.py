@@ -3944,6 +3944,12 @@ class PagingTest(CatalogueCase):
                     with self.assertRaises(cso.DataSpaceError):
                         self.inquire(space, {}, api)
                     self.assertEqual(self.read('table.csv'), b'old')
+        with DataSpace(copies(35)) as space:
+            for api, page in itertools.product(('odata', 'opensearch'), (1, 2, 4)):
+                with self.subTest(api, page=page), self.assertRaises(cso.DataSpaceError):
+                    space.faults.clear()
+                    space.faults.add('told', api, 1, page, body=page_of(api))
+                    self.inquire(space, {}, api)
 
     def test_many_products_with_one_start(self):
         for count, size, limit in ((1500, 1000, None), (150, 10, None), (40, 30, 7), (10, 10, None),
