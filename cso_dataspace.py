@@ -744,7 +744,7 @@ PLAIN_NAME = re.compile(r"(?i)(?![. ]*\Z)(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.
                         r"[^/\\:\x00-\x1f\x7f\ud800-\udfff]+\Z")
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9_.-]+\Z")
-MD5 = re.compile(r"[0-9a-f]{32}\Z")
+MD5 = re.compile(r"(?!0+\Z)[0-9a-fA-F]{32}\Z")
 HREF_ID = re.compile(r"Products\(([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})\)")
 
 
@@ -2158,10 +2158,10 @@ def product_of(product_id, filename, producttype, start, end, orbit, processing,
                published, geometry):
     """Return the Product of an entry; None, zeros and odd values mean unknown."""
     product = Product(
-        product_id, safe_name(filename), str(producttype or ""), parse_time(start),
-        parse_time(end), str(orbit or ""), str(processing or ""),
-        size if type(size) is int and 0 < size < 1 << 63 else 0, md5_text(md5),
-        str(published or ""), geometry or None)
+        product_id, safe_name(filename), producttype or "", parse_time(start), parse_time(end),
+        str(orbit or ""), processing or "",
+        size if type(size) is int and 0 < size < 1 << 63 else 0, md5_text(md5), published or "",
+        geometry or None)
     texts = product.producttype + product.orbit + product.processing + product.published
     if not PLAIN_ID.match(product_id) or not texts.isprintable():
         raise ValueError("%.200r, %.200r: not plain texts" % (product_id, texts))
@@ -2170,8 +2170,7 @@ def product_of(product_id, filename, producttype, start, end, orbit, processing,
 
 def md5_text(text):
     """Return an MD5 in lower case, or an empty text for anything else, zeros too."""
-    text = str(text).lower()
-    return text if MD5.match(text) and text.strip("0") else ""
+    return text.lower() if MD5.match(str(text)) else ""
 
 
 class Walked:
@@ -3391,10 +3390,9 @@ def tasks_of(rows, directory=".", part=None):
             path = os.path.join(fill_in(directory, row), name)
         except ValueError as error:
             raise TableError("row of %r: %s" % (row.filename[:200], error)) from None
-        if path in tasks and tasks[path].href != row.href:
+        known = () if is_directory_product(row.filename) else (int(row.size or 0), row.md5)
+        if tasks.setdefault(path, Task(row.href, path, *known)).href != row.href:
             log.warning("%s: twice in the table; %s is not fetched", name, row.href)
-        tasks.setdefault(path, Task(row.href, path) if is_directory_product(row.filename) else
-                         Task(row.href, path, int(row.size or 0), row.md5))
     return list(tasks.values())
 
 
