@@ -735,23 +735,17 @@ S5P_NAME = re.compile(
 # The baseline in the names of Sentinel-2 (N0500), -3 (004.SEN3) and -6 (F08.SEN6).
 BASELINE = re.compile(r"S2.*_N(?P<s2>\d{4})_R|S3.*_(?P<s3>\d{3})\.SEN3$|S6.*_(?P<s6>\w{3})\.SEN6$")
 
-S5P_PRODUCTTYPES = (
-    ["L1B_RA_BD%d" % band for band in range(1, 9)] + ["L1B_IR_SIR", "L1B_IR_UVN"]
-    + ["L2__" + species.ljust(6, "_") for species in (
-        "AER_AI AER_LH CH4 CLOUD CO HCHO NO2 NP_BD3 NP_BD6 NP_BD7 O3 O3_TCL O3__PR SO2 "
-        "AER_OT BRO SIF CHOCHO FRESCO OCLO TCWV").split()]
-    + ["AUX_CTMANA", "AUX_CTMFCT"])
-
 TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
-                  r"(?:Z|([+-])(\d\d):?(\d\d))?$")
+                  r"(?:Z|([+-])(\d\d):?(\d\d))?$", re.I)
+FROM_ISO = getattr(datetime.datetime, "fromisoformat", None)    # not in Python 3.6
 
-# No separator, drive or control character, not only dots and blanks, no device of Windows.
+# No separator, drive, control or half character, not only dots and blanks, no device of Windows.
 PLAIN_NAME = re.compile(r"(?i)(?![. ]*\Z)(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|\Z))"
-                        r"[^/\\:\x00-\x1f\x7f]+\Z")
+                        r"[^/\\:\x00-\x1f\x7f\ud800-\udfff]+\Z")
 
-UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-
-DIRECTORY_SUFFIXES = (".SAFE", ".SEN3", ".SEN6")
+PLAIN_ID = re.compile(r"[A-Za-z0-9_.-]+\Z")
+MD5 = re.compile(r"(?!0+\Z)[0-9a-fA-F]{32}\Z")
+HREF_ID = re.compile(r"Products\(([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})\)")
 
 
 class Product(NamedTuple):
@@ -788,18 +782,13 @@ class Box(NamedTuple):
         """Return the box of "west,south,east,north", None for an empty text; raise ValueError."""
         if not text.strip():
             return None
-        try:
-            box = cls(*(float(number) for number in text.split(",")))
-        except (TypeError, ValueError):
-            raise ValueError("is no area; expected west,south,east,north in degrees") from None
-        if not all(-360 <= lon <= 360 for lon in (box.west, box.east)):
-            raise ValueError("is no area; expected west and east within -360 and 360 degrees")
-        if not -90 <= box.south <= box.north <= 90:
-            raise ValueError("is no area; expected west,south,east,north with south <= north, both "
-                             "within -90 and 90 degrees")
-        if abs(box.east - box.west) > 360:
-            raise ValueError("is no area; expected one at most 360 degrees wide")
-        return box
+        with contextlib.suppress(TypeError, ValueError):
+            west, south, east, north = box = cls(*map(float, text.split(",")))
+            if -90 <= south <= north <= 90 and all(
+                    -360 <= lon <= 360 for lon in (west, east, east - west)):
+                return box
+        raise ValueError("is no area; expected west,south,east,north in degrees: south <= north "
+                         "within -90 and 90, west and east within -360 and 360")
 
 
 def parse_name(filename):
@@ -837,23 +826,20 @@ def parse_time(text):
 
     Takes 0 to 9 digits of fraction, and "Z", "+00:00", another offset or nothing at the end.
     """
-    if text[26:] == "Z" and hasattr(datetime.datetime, "fromisoformat"):    # the usual form, fast
-        return datetime.datetime.fromisoformat(text[:26])
+    if text[26:] == "Z" and text[20:26].isdigit() and FROM_ISO:     # the usual form, fast
+        return FROM_ISO(text[:26])
     match = TIME.match(text)
     if not match:
         raise ValueError("%r is not a time" % (text,))
-    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
-    time_ = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute), int(second),
-                              int(fraction[:6].ljust(6, "0")))
-    if sign != "0":
-        offset = datetime.timedelta(hours=int(hours), minutes=int(minutes))
-        time_ += offset if sign == "-" else -offset
-    return time_
+    *whole, fraction, sign, hours, minutes = match.groups("0")
+    offset = datetime.timedelta(hours=int(hours), minutes=int(minutes))
+    time_ = datetime.datetime(*map(int, whole), int(fraction[:6].ljust(6, "0")))
+    return time_ + offset if sign == "-" else time_ - offset
 
 
 def format_time(time_):
     """Return a datetime as the services take it, cut to milliseconds: 2018-07-01T00:00:00.000Z."""
-    return time_.strftime("%Y-%m-%dT%H:%M:%S.") + "%03dZ" % (time_.microsecond // 1000)
+    return time_.isoformat(timespec="milliseconds") + "Z"
 
 
 def expand_time(template, time_):
@@ -873,12 +859,12 @@ def mend_href(href):
 
 def href_id(href):
     """Return the product id in a url, or an empty text."""
-    match = re.search(r"Products\((%s)\)" % UUID.pattern, href)
+    match = HREF_ID.search(href)
     return match.group(1) if match else ""
 
 
 def is_directory_product(filename):
-    return filename.endswith(DIRECTORY_SUFFIXES)
+    return filename.endswith((".SAFE", ".SEN3", ".SEN6"))
 
 
 ################ Footprints ################
@@ -2036,7 +2022,8 @@ class Slots:
 # request) the products of a decoded page, None if it is no page of products, and the next Request
 # or None.  OData and OpenSearch refuse to skip more than 10,000 and stop linking there, so their
 # lists are walked by start time: the next page begins at the last start seen, and the ids seen
-# before are dropped by search().
+# before are dropped by search().  So each page holds something that was seen, else it is not the
+# one asked for; and the list ends where that is all, whatever pages say or leave out.
 
 CATALOGUE_URL = "https://catalogue.%s" % DOMAIN
 DOWNLOAD_URL = "https://download.%s/odata/v1/Products({product_id})/$value" % DOMAIN
@@ -2046,6 +2033,7 @@ SERVER_MARGIN = 5.0             # degrees: footprints are drawn planar, simplifi
 SERVER_LATITUDE = 75.0          # degrees: planar tests are wrong near the poles
 S5P = "SENTINEL-5P"
 MISSIONS = ["SENTINEL-1", "SENTINEL-2", "SENTINEL-3", S5P, "SENTINEL-6"]
+EARLIEST, LATEST = datetime.datetime(1900, 1, 1), datetime.datetime(9000, 1, 1)
 
 
 class Query(NamedTuple):
@@ -2082,11 +2070,14 @@ def has_footprint(collection, producttype):
 
 def longest_product(query):
     """Return the time that no product of this type exceeds, to find those that began before."""
+    kind = query.producttype
     if query.collection == S5P:
-        multi_day = query.producttype.startswith(("L2__O3_TCL", "AUX_"))
-        return datetime.timedelta(days=8 if multi_day else 1)
-    composite = query.producttype.startswith("SY_") or not query.producttype
-    return datetime.timedelta(days=1 if query.collection in MISSIONS and not composite else 32)
+        days = 8 if kind.startswith(("L2__O3_TCL", "AUX_")) else 1
+    elif query.collection not in MISSIONS or kind.startswith("AUX_") or kind.endswith("AX"):
+        days = 36525            # mosaics, models, auxiliary data: nobody says how long they hold
+    else:
+        days = 32 if kind.startswith("SY_") or not kind else 1
+    return datetime.timedelta(days=days)
 
 
 def wider_boxes(query):
@@ -2099,7 +2090,7 @@ def wider_boxes(query):
     east = west + width + 2 * SERVER_MARGIN
     south, north = box.south - SERVER_MARGIN, box.north + SERVER_MARGIN
     if east - west >= 360:
-        return [Box(-180.0, south, 180.0, north)]
+        west, east = -180.0, 180.0
     if east <= 180:
         return [Box(west, south, east, north)]
     return [Box(west, south, 180.0, north), Box(-180.0, south, east - 360, north)]
@@ -2122,34 +2113,64 @@ def url_with(base, **parameters):
                                                safe="$,:/()'=")
 
 
-def next_in_walk(products, announced, query, request, page_size):
+def next_in_walk(products, announced, request):
     """Return where the walk by start time goes on: (since, skip), or None at its end.
 
-    Where a page holds one start time only, it is passed by skip.  A page that announces nothing
-    more is believed only when asking again from its last start time brings nothing later.
+    Where a page holds one start time only, all but its last product are skipped.  `skip` is None
+    on the first page, which alone may be empty.
     """
     since, skip = request.place
-    begun = skip or since > query.start - longest_product(query)
-    if not products and not announced and (skip or not begun):
+    if not products and not announced and skip is None:
         return None
     starts = [product.start for product in products]
-    if starts != sorted(starts):
-        raise CatalogueError("%s: the page is not in the order of start times that was asked for; "
-                             "the list can't be completed" % shown(request.url))
-    last = starts[-1] if starts else datetime.datetime.min
-    last -= datetime.timedelta(microseconds=last.microsecond % 1000)
-    if last < since:
-        raise CatalogueError("%s: the page does not hold what it was asked for; the list can't be "
-                             "completed, try again later" % shown(request.url))
+    last = whole(starts[-1]) if starts else datetime.datetime.min
+    if starts != sorted(starts) or last < since or skip is not None and not any(
+            whole(start) == since for start in starts):
+        raise incomplete(request, "the page does not hold what was asked for, by start time")
     if last > since:
         return last, 0
-    if not announced and len(products) < page_size:
+    if len(products) == 1 and not announced:
         return None
-    skip += len(products)
+    skip = (skip or 0) + len(products) - 1
     if skip > SKIP_MAX:
-        raise CatalogueError("%s: more than %d products start at %s; the service lists no more"
-                             % (shown(request.url), SKIP_MAX, last))
+        raise incomplete(request, "more than %d products start at %s" % (SKIP_MAX, last))
     return last, skip
+
+
+def incomplete(request, why):
+    return CatalogueError("%s: %s; the list can't be completed, try again later"
+                          % (shown(request.url), why))
+
+
+def whole(time_):
+    """Return a time cut to milliseconds, in which services are asked."""
+    return time_.replace(microsecond=time_.microsecond // 1000 * 1000)
+
+
+def listed(page, name, request):
+    """Return the list of that name in a page; raise CatalogueError where there is none."""
+    if not isinstance(page.get(name), list):
+        raise CatalogueError("%s: the answer has no list of %r" % (shown(request.url), name))
+    return page[name]
+
+
+def product_of(product_id, filename, producttype, start, end, orbit, processing, size, md5,
+               published, geometry):
+    """Return the Product of an entry; None, zeros and odd values mean unknown."""
+    product = Product(
+        product_id, safe_name(filename), producttype or "", parse_time(start), parse_time(end),
+        str(orbit or ""), processing or "",
+        size if type(size) is int and 0 < size < 1 << 63 else 0, md5_text(md5), published or "",
+        geometry or None)
+    texts = product.producttype + product.orbit + product.processing + product.published
+    if not PLAIN_ID.match(product_id) or not texts.isprintable():
+        raise ValueError("%.200r, %.200r: not plain texts" % (product_id, texts))
+    return product
+
+
+def md5_text(text):
+    """Return an MD5 in lower case, or an empty text for anything else, zeros too."""
+    return text.lower() if MD5.match(str(text)) else ""
 
 
 class Walked:
@@ -2157,30 +2178,35 @@ class Walked:
 
     @classmethod
     def first(cls, query):
-        return cls.request(query, query.start - longest_product(query), 0)
+        return cls.request(query, query.start - longest_product(query))
+
+    @classmethod
+    def parse(cls, page, query, request):
+        products = [cls.product(entry) for entry in listed(page, cls.ENTRIES, request)]
+        links = (page.get("properties") or {}).get("links") or []       # of OpenSearch
+        announced = page.get("@odata.nextLink") or any(link.get("rel") == "next" for link in links)
+        place = next_in_walk(products, announced, request)
+        return products, cls.request(query, *place) if place else None
 
 
 class OData(Walked):
     """https://catalogue.dataspace.copernicus.eu/odata/v1"""
 
+    ENTRIES = "value"
+    SELECT = "Id,Name,ContentLength,ContentDate,PublicationDate,Checksum"
+
     @staticmethod
-    def request(query, since, skip):
-        select = ["Id", "Name", "ContentLength", "ContentDate", "PublicationDate", "Checksum"]
-        select += ["GeoFootprint"] if query.footprints else []
+    def request(query, since, skip=None):
+        # fewer of a page where each brings a footprint of 300 points
         fields = {"$filter": OData.condition(query, since), "$orderby": "ContentDate/Start asc",
-                  "$top": OData.page_size(query)}
+                  "$top": max(2, PAGE["odata"] // (4 if query.footprints else 1))}
         if skip:
             fields["$skip"] = skip
         if query.collection != S5P:
             fields["$expand"] = "Attributes"        # orbit and timeliness are only there
         elif query.selected:
-            fields["$select"] = ",".join(select)
+            fields["$select"] = OData.SELECT + ",GeoFootprint" * query.footprints
         return Request(url_with(query.url + "/Products", **fields), None, (since, skip))
-
-    @staticmethod
-    def page_size(query):
-        """Return the products of a page: fewer where each brings a footprint of 300 points."""
-        return max(1, PAGE["odata"] // (4 if query.footprints else 1))
 
     @staticmethod
     def condition(query, since):
@@ -2189,89 +2215,58 @@ class OData(Walked):
             terms.append("Attributes/OData.CSC.StringAttribute/any(att:att/Name eq 'productType' "
                          "and att/OData.CSC.StringAttribute/Value eq '%s')"
                          % query.producttype.replace("'", "''"))
-        terms.append("ContentDate/Start ge " + format_time(since))
-        terms.append("ContentDate/Start le " + format_time(query.end))
+        terms += ["ContentDate/Start ge " + format_time(since),
+                  "ContentDate/Start le " + format_time(query.end)]
         if query.collection != S5P:
             terms.append("ContentDate/End ge " + format_time(query.start))
         areas = ["OData.CSC.Intersects(area=geography'SRID=4326;%s')" % wkt_of([box])
                  for box in wider_boxes(query)]
-        if areas:
-            terms.append("(%s)" % " or ".join(areas))
-        return " and ".join(terms)
-
-    @staticmethod
-    def parse(page, query, request):
-        values = page.get("value")
-        if not isinstance(values, list):
-            raise CatalogueError("%s: an answer without a list of products" % shown(request.url))
-        products = [OData.product(value) for value in values]
-        place = next_in_walk(products, "@odata.nextLink" in page, query, request,
-                             OData.page_size(query))
-        return products, OData.request(query, *place) if place else None
+        return " and ".join(terms + ["(%s)" % " or ".join(areas)] * bool(areas))
 
     @staticmethod
     def product(value):
         """Return the Product of one OData entity, of a list or alone, old form or new."""
-        told = {item.get("Name"): item.get("Value") for item in value.get("Attributes") or []}
-        period = value["ContentDate"]
-        return Product(
-            value["Id"], value["Name"], str(told.get("productType") or ""),
-            parse_time(period["Start"]), parse_time(period["End"]),
-            orbit_text(told.get("orbitNumber")), str(told.get("timeliness") or ""),
-            known_size(value.get("ContentLength")), md5_of(value.get("Checksum")),
-            value.get("PublicationDate") or "",
+        told = {item.get("Name"): item.get("Value") for item in value.get("Attributes") or ()}
+        checksums = {entry.get("Algorithm"): entry.get("Value")
+                     for entry in value.get("Checksum") or ()}
+        return product_of(
+            value["Id"], value["Name"], told.get("productType"), value["ContentDate"]["Start"],
+            value["ContentDate"]["End"], told.get("orbitNumber"), told.get("timeliness"),
+            value.get("ContentLength"), checksums.get("MD5"), value.get("PublicationDate"),
             value.get("GeoFootprint") or geometry_from_wkt(value.get("Footprint")))
-
-
-def features_of(page, request):
-    """Return the features of a GeoJSON page; raise CatalogueError where it is none."""
-    features = page.get("features")
-    if page.get("type") != "FeatureCollection" or not isinstance(features, list):
-        raise CatalogueError("%s: the answer is no FeatureCollection" % shown(request.url))
-    return features
 
 
 class OpenSearch(Walked):
     """https://catalogue.dataspace.copernicus.eu/resto/api, switched off on 2 March 2026"""
 
+    ENTRIES = "features"
+
     @staticmethod
-    def request(query, since, skip):
+    def request(query, since, skip=None):
         collection = query.collection.replace("SENTINEL-", "Sentinel")
         # the service lists what lies within its period, so it is asked for a longer one
         fields = {"startDate": format_time(since), "maxRecords": PAGE["opensearch"],
                   "completionDate": format_time(query.end + longest_product(query)),
                   "sortParam": "startDate", "sortOrder": "ascending"}
+        boxes = wider_boxes(query)
         if query.producttype:
             fields["productType"] = query.producttype
         if skip:
             fields["index"] = skip + 1
-        boxes = wider_boxes(query)
-        if len(boxes) == 1:
-            fields["box"] = "%g,%g,%g,%g" % boxes[0]
-        elif boxes:
+        if boxes:
             fields["geometry"] = wkt_of(boxes)
         url = "%s/collections/%s/search.json" % (query.url, urllib.parse.quote(collection))
         return Request(url_with(url, **fields), None, (since, skip))
-
-    @staticmethod
-    def parse(page, query, request):
-        products = [OpenSearch.product(feature) for feature in features_of(page, request)]
-        links = (page.get("properties") or {}).get("links") or []
-        announced = any(link.get("rel") == "next" for link in links)
-        place = next_in_walk(products, announced, query, request, PAGE["opensearch"])
-        return products, OpenSearch.request(query, *place) if place else None
 
     @staticmethod
     def product(feature):
         """Return the Product of one resto feature, old form or new; resto tells no MD5."""
         told = feature["properties"]
         download = (told.get("services") or {}).get("download") or {}
-        return Product(
-            feature["id"], told["title"], str(told.get("productType") or ""),
-            parse_time(told["startDate"]), parse_time(told["completionDate"]),
-            orbit_text(told.get("orbitNumber")), told.get("timeliness") or "",
-            known_size(download.get("size")), "", told.get("published") or "",
-            feature.get("geometry") or None)
+        return product_of(
+            feature["id"], told["title"], told.get("productType"), told["startDate"],
+            told["completionDate"], told.get("orbitNumber"), told.get("timeliness"),
+            download.get("size"), None, told.get("published"), feature.get("geometry"))
 
 
 class Stac:
@@ -2282,7 +2277,6 @@ class Stac:
     would bring an empty answer, not an error.
     """
 
-    STREAMS = ("nrti", "offl", "rpro")
     UNUSED = ",".join("-properties." + name for name in (     # most of an item's 20 to 70 kB
         "cube:variables", "cube:dimensions", "auth:schemes", "storage:schemes"))
 
@@ -2302,39 +2296,42 @@ class Stac:
             return [query.collection]
         if query.collection != S5P:
             return []
-        level, _, kind = query.producttype.partition("_")
-        name = "sentinel-5p-%s-%s" % (level[:2].lower(), re.sub("_+", "-", kind.strip("_")).lower())
-        return ["%s-%s" % (name, stream) for stream in Stac.STREAMS]
+        level, _, kind = query.producttype.lower().partition("_")
+        kind = "sentinel-5p-%s-%s-" % (level[:2], re.sub("_+", "-", kind.strip("_")))
+        return [kind + stream for stream in ("nrti", "offl", "rpro")]
 
     @staticmethod
-    def search(query, names):
-        period = "%s/%s" % (format_time(query.start), format_time(query.end))
-        fields = {"collections": ",".join(names), "datetime": period, "limit": PAGE["stac"],
-                  "sortby": "+properties.datetime", "fields": Stac.UNUSED}
-        if query.producttype and not Stac.names(query):
-            fields.update({"filter": "\"product:type\"='%s'" % query.producttype.replace("'", "''"),
-                           "filter-lang": "cql2-text"})
-        boxes = wider_boxes(query)
-        if len(boxes) == 1:
-            fields["bbox"] = "%g,%g,%g,%g" % boxes[0]
-        elif boxes:
-            # a bbox over the antimeridian is read the long way round
-            del fields["fields"]
-            fields.update(collections=names, sortby=[{"field": "datetime", "direction": "asc"}],
-                          intersects={"type": "MultiPolygon",
-                                      "coordinates": [[ring_of(box)] for box in boxes]})
-            return Request(query.url + "/search", fields)
-        return Request(url_with(query.url + "/search", **fields))
+    def search(query, names, sure=False):
+        """Return the request for items; `sure`: the collections are there, so none may be found."""
+        url, boxes = query.url + "/search", wider_boxes(query)
+        fields = {"collections": ",".join(names), "limit": PAGE["stac"], "datetime": "%s/%s" % (
+            format_time(query.start), format_time(query.end))}
+        typed = query.producttype and not Stac.names(query)
+        if len(boxes) < 2:
+            fields.update({"sortby": "+properties.datetime", "fields": Stac.UNUSED})
+            if typed:
+                fields["filter-lang"] = "cql2-text"
+                fields["filter"] = "\"product:type\"='%s'" % query.producttype.replace("'", "''")
+            if boxes:
+                fields["bbox"] = "%g,%g,%g,%g" % boxes[0]
+            return Request(url_with(url, **fields), None, sure)
+        # by POST: a bbox over the antimeridian is read the long way round
+        fields.update(collections=names, sortby=[{"field": "datetime", "direction": "asc"}],
+                      intersects={"type": "MultiPolygon",
+                                  "coordinates": [[ring_of(box)] for box in boxes]})
+        if typed:
+            fields["filter-lang"] = "cql2-json"
+            fields["filter"] = {"op": "=", "args": [{"property": "product:type"},
+                                                    query.producttype]}
+        return Request(url, fields, sure)
 
     @staticmethod
     def parse(page, query, request):
         following = Stac.following(page, request)
         if "collections" in page:
             return None, Stac.after_collections(page, following, query, request)
-        products = [Stac.product(item) for item in features_of(page, request)]
-        if following:
-            following = following._replace(place="later page")
-        elif not products and not request.place:
+        products = [Stac.product(item) for item in listed(page, "features", request)]
+        if not (products or following or request.place):
             following = Stac.collections(query)
         return products, following
 
@@ -2342,12 +2339,11 @@ class Stac:
     def after_collections(page, following, query, request):
         """Return the search of the mission's collections that hold the type; raise if none does."""
         known = request.place
-        more = [one for one in page["collections"] if one not in known]
+        more = [one for one in listed(page, "collections", request) if one not in known]
         if following and more:
             return following._replace(place=known + more)
         if following:
-            raise CatalogueError("%s: a page of collections brings nothing new while more is "
-                                 "announced" % shown(request.url))
+            raise incomplete(request, "a page of collections brings nothing new")
         wanted, prefix = Stac.names(query), query.collection.lower() + "-"
         found = [one["id"] for one in known + more if one["id"] in wanted or (
             not wanted and one["id"].startswith(prefix) and may_hold(one, query.producttype))]
@@ -2356,17 +2352,17 @@ class Stac:
                 "%s: no collection for %s %s; this service holds only the types that its "
                 "collections name, %s/odata/v1 holds all" % (
                     shown(request.url), query.collection, query.producttype, CATALOGUE_URL))
-        return Stac.search(query, found)._replace(place="known to be there")
+        return Stac.search(query, found, sure=True)
 
     @staticmethod
     def following(page, request):
+        """Return the request that a page's next link asks for, or None."""
         for link in page.get("links") or []:
             if link.get("rel") == "next":
-                url = urllib.parse.urljoin(request.url, link["href"])
-                body = link.get("body")
+                body = link.get("body") if link.get("method", "GET").upper() == "POST" else None
                 if body is not None and link.get("merge"):
                     body = dict(request.body or {}, **body)
-                return Request(url, body if link.get("method", "GET").upper() == "POST" else None)
+                return Request(urllib.parse.urljoin(request.url, link["href"]), body, True)
         return None
 
     @staticmethod
@@ -2384,15 +2380,14 @@ class Stac:
         checksum = asset.get("file:checksum") or ""
         if not href_id(href):
             raise ValueError("no product id in %s" % item["id"])
-        return Product(
-            href_id(href), filename, told.get("product:type") or "",
-            parse_time(told.get("start_datetime") or told["datetime"]),
-            parse_time(told.get("end_datetime") or told["datetime"]),
-            orbit_text(told.get("sat:absolute_orbit")),
-            told.get("product:timeliness_category") or "", known_size(asset.get("file:size")),
+        return product_of(
+            href_id(href), filename, told.get("product:type"),
+            told.get("start_datetime") or told["datetime"],
+            told.get("end_datetime") or told["datetime"], told.get("sat:absolute_orbit"),
+            told.get("product:timeliness_category"), asset.get("file:size"),
             # multihash of MD5: varint code 0xd5 0x01, length 16
-            md5_text(checksum[6:] if checksum.startswith("d50110") else ""),
-            told.get("published") or "", item.get("geometry"))
+            checksum[6:] if checksum.startswith("d50110") else "", told.get("published"),
+            item.get("geometry"))
 
 
 def may_hold(collection, producttype):
@@ -2402,31 +2397,6 @@ def may_hold(collection, producttype):
 
 
 ADAPTERS = {"odata": OData, "opensearch": OpenSearch, "stac": Stac}
-
-
-def orbit_text(number):
-    """Return an orbit number as text; the catalogues write 0 for unknown."""
-    return str(number) if number else ""
-
-
-def known_size(number):
-    return number if type(number) is int and 0 < number < 1 << 63 else 0
-
-
-def md5_text(text):
-    """Return an MD5 in lower case, or an empty text for anything else, zeros too."""
-    try:
-        return text.lower() if len(text) == 32 and int(text, 16) else ""
-    except (TypeError, ValueError):
-        return ""
-
-
-def md5_of(checksums):
-    """Return the MD5 in OData's list of checksums, or an empty text."""
-    for entry in checksums or []:
-        if isinstance(entry, dict) and str(entry.get("Algorithm", "")).upper() == "MD5":
-            return md5_text(entry.get("Value"))
-    return ""
 
 
 def api_of(url):
@@ -2460,9 +2430,7 @@ def search(query, session):
         if products is not None:
             barren = 0 if fresh else barren + 1
         if barren > (0 if products and query.api == "stac" else 1):
-            raise CatalogueError("%s: page after page brings nothing new while more is announced; "
-                                 "the list can't be completed, try again later"
-                                 % shown(request.url))
+            raise incomplete(request, "page after page brings nothing new, but announces more")
         request, page = following, turn_page(query, following, session)
 
 
@@ -2474,7 +2442,10 @@ def first_page(query, session):
     """
     api = api_of(query.url) if query.api == "auto" else query.api
     substitute = odata_beside(query.url) if query.api == "auto" and api == "opensearch" else None
-    query = query._replace(api=api, url=query.url.rstrip("/"), collection=mission(query.collection))
+    query = query._replace(
+        api=api, url=query.url.rstrip("/"), collection=mission(query.collection),
+        start=whole(max(query.start, EARLIEST)),
+        end=min(query.end, LATEST) + datetime.timedelta(microseconds=999))
     request = ADAPTERS[api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
     try:
@@ -2499,14 +2470,9 @@ def turn_page(query, request, session, retry=None):
     session.note(request)
     page = session.read_json(request, retry)
     try:
-        products, following = ADAPTERS[query.api].parse(page, query, request)
-        for product in products or ():
-            safe_name(product.filename)
-            "".join((product.product_id, product.producttype, product.orbit, product.processing,
-                     product.published)).encode("utf-8")        # texts, and such as can be written
-        return products, following
+        return ADAPTERS[query.api].parse(page, query, request)
     except UNREADABLE as error:
-        raise CatalogueError("%s: a product that can't be read (%s: %s)" % (
+        raise CatalogueError("%s: an answer that can't be read (%s: %s)" % (
             shown(request.url), type(error).__name__, error)) from error
 
 
@@ -2519,6 +2485,9 @@ def odata_beside(url):
 
 COLUMNS = ("orbit", "start_time", "end_time", "processing", "collection", "processor_version",
            "filename", "href")
+
+
+HREF = re.compile(r"(https?|s3)://[\x21-\x7e]+\Z")
 
 
 class Row(NamedTuple):
@@ -2601,12 +2570,10 @@ def checked_row(header, fields):
     """Return the Row of one line, or raise ValueError."""
     if len(fields) != len(header):
         raise ValueError("%d fields; the header has %d" % (len(fields), len(header)))
-    told = dict.fromkeys(COLUMNS, "")
-    told.update((name, field.strip()) for name, field in zip(header, fields)
-                if name in Row._fields)
-    row = Row(**told)
+    told = {name: field.strip() for name, field in zip(header, fields) if name in Row._fields}
+    row = Row(**dict(dict.fromkeys(COLUMNS, ""), **told))
     safe_name(row.filename)
-    if not re.match(r"(https?|s3)://[\x21-\x7e]+$", row.href) or not host_of(row.href):
+    if not HREF.match(row.href) or not host_of(row.href):
         raise ValueError("%r is no href; expected https://... or s3://..." % row.href[:200])
     if not re.match(r"[0-9]{0,18}\Z", row.size):
         raise ValueError("%r is no size in bytes" % row.size[:40])
@@ -3093,13 +3060,17 @@ def download(tasks, session, dmode=None, on_bytes=lambda count: None, idle=lambd
 # ValueError with what is wrong with it, and the defaults.
 
 
-def one_of(*choices):
-    """Return a reader that takes these texts only."""
+def matching(pattern, fault):
+    """Return a reader that takes texts of this pattern only."""
     def reader(text):
-        if text not in choices:
-            raise ValueError("is unknown; expected " + " or ".join(choices))
+        if not re.match(pattern, text):
+            raise ValueError(fault)
         return text
     return reader
+
+
+def one_of(*choices):
+    return matching("(%s)\\Z" % "|".join(choices), "is unknown; expected " + " or ".join(choices))
 
 
 def of_type(totype, low=None, high=math.inf):
@@ -3113,34 +3084,22 @@ def of_type(totype, low=None, high=math.inf):
     return reader
 
 
-def catalogue_url(text):
-    if not re.match(r"https?://[^/\s@]+(/|$)", text):
-        raise ValueError("is no url; expected https://HOST/... and no password in it")
-    return text
-
-
 def known_collection(text):
     """Return the collection in the catalogue's spelling; both spellings are taken."""
     name = mission(text)
-    meant = difflib.get_close_matches(name.upper(), MISSIONS, 1, 0.8)
-    if meant and name != meant[0] or not re.match(r"[\w.-]+$", name):
+    meant = [] if re.match(r"sentinel-\dp?-", name) else (     # the name of a STAC collection
+        difflib.get_close_matches(name.upper(), MISSIONS, 1, 0.8))
+    if name not in meant and meant or not re.match(r"[\w.-]+$", name):
         known = (meant or [S5P])[0]
         raise ValueError("is unknown; expected %s or %s" % (
             known.replace("SENTINEL-", "Sentinel"), known))
     return name
 
 
-def href_template(text):
-    if "{product_id}" not in text:
-        raise ValueError("has no {product_id} in it")
-    return text
-
-
 def check_columns(names):
-    unknown = [name for name in names if name not in Row._fields]
+    unknown = " ".join(name for name in names if name not in Row._fields)
     if unknown:
-        raise ValueError("has no column %s; expected %s" % (
-            " ".join(unknown), " ".join(Row._fields)))
+        raise ValueError("has no column %s; expected %s" % (unknown, " ".join(Row._fields)))
 
 
 def column_names(text):
@@ -3172,7 +3131,8 @@ SECONDS = of_type("float", 0, 1e6)
 SETTINGS = {        # of an inquiry, after its base: (reader of the text, default)
     "timerange.start": (of_type("datetime"), REQUIRED),
     "timerange.end": (of_type("datetime"), REQUIRED),
-    "url": (catalogue_url, REQUIRED),
+    "url": (matching(r"https?://[^/\s@]+(/|$)", "is no url; expected https://HOST/... and no "
+                     "password in it"), REQUIRED),
     "api": (one_of("auto", *ADAPTERS), "auto"),
     "collection": (known_collection, REQUIRED),
     "producttype": (str, ""),
@@ -3181,7 +3141,8 @@ SETTINGS = {        # of an inquiry, after its base: (reader of the text, defaul
     "area.filter": (one_of("local", "server"), ""),
     "selection": (row_condition, None),
     "best": (of_type("bool"), False),
-    "download_url": (href_template, DOWNLOAD_URL),
+    "download_url": (matching(r"(?=.*\{product_id\})" + HREF.pattern, "is no url with "
+                              "{product_id} in it"), DOWNLOAD_URL),
     "output.file": (str, REQUIRED),
     "output.columns": (column_names, COLUMNS),
     "output.geojson": (str, ""),
@@ -3203,11 +3164,15 @@ class Options:
     def __init__(self, settings, rcbase=""):
         self.settings, self.rcbase = settings, rcbase
 
+    def find(self, name):
+        """Return the text of a setting, empty where there is none, and its place."""
+        key = self.settings.find(self.rcbase, name)
+        return self.settings.get(key, "str") if key else "", self.settings.place(key)
+
     def get(self, name, required=False):
         """Return the value of a setting, its default where it is absent or empty."""
         reader, default = SETTINGS[name]
-        key = self.settings.find(self.rcbase, name)
-        text = self.settings.get(key, "str") if key else ""
+        text, place = self.find(name)
         try:
             if text.strip():
                 return reader(text)
@@ -3215,15 +3180,14 @@ class Options:
             raise self.wrong(name, error) from None
         if required or default is REQUIRED:
             raise SettingsError("%s: this setting is missing; expected a line '%s : ...'" % (
-                name, candidates(self.rcbase, name)[0]), self.settings.place(key))
+                name, candidates(self.rcbase, name)[0]), place)
         return default
 
     def wrong(self, name, message):
         """Return the error for a setting, with its place and its value, but no password in it."""
-        key = self.settings.find(self.rcbase, name)
-        text = self.settings.get(key, "str", "") if key else ""
-        return SettingsError("%s: %.200r %s" % (name, re.sub(r"\S*@", "...@", text), message),
-                             self.settings.place(key))
+        text, place = self.find(name)
+        text = re.sub(r"\S*@", "...@", text)
+        return SettingsError("%s: %.200r %s" % (name, text, message), place)
 
     def warn_of_misspelt(self):
         prefix = self.rcbase + "." if self.rcbase else ""
@@ -3246,8 +3210,6 @@ def query_of(options):
         "timerange.start", "timerange.end", "url", "api", "collection", "area"))
     if end < start:
         raise options.wrong("timerange.end", "is before timerange.start, %s" % start)
-    if not 1900 <= start.year <= end.year <= 9000:
-        raise options.wrong("timerange.start", "is no year of a satellite; expected 1900 to 9000")
     try:
         if api == "auto":
             api_of(url)
@@ -3265,13 +3227,11 @@ def query_of(options):
 
 
 def meant_type(text):
-    """Return the product types that a short or padded name may mean, such as NO2 or L2__NO2."""
-    bare = re.sub(r"^L2_+", "", text.upper()).strip("_")
-    found = [known for known in S5P_PRODUCTTYPES if known.upper() == text.upper()
-             or known[4:].strip("_") == bare]
-    if not found:
-        found = difflib.get_close_matches(text.upper().ljust(10, "_"), S5P_PRODUCTTYPES, 3)
-    return " or ".join(found or ["a type such as L2__NO2___"])
+    """Return the product type that an unpadded name may mean, such as NO2 or L2__NO2."""
+    kind = re.sub(r"^L2_+", "", text.upper()).strip("_")
+    level = "" if kind.startswith(("L1B_", "L2B_", "AUX_")) else "L2__"
+    padded = level + kind.ljust(10 - len(level), "_")
+    return padded if len(padded) == 10 else "a type such as L2__NO2___"
 
 
 def sieve(items, name, reason, level=logging.INFO):
@@ -3299,25 +3259,24 @@ def in_period(products, query):
 def in_area(products, query, minimum):
     """Yield (product, covered fraction of the area or None) for those that overlap the area."""
     if query.box is None or not has_footprint(query.collection, query.producttype):
-        return ((product, None) for product in products)
-
-    def covered():
-        unknown = 0
-        for product in products:
-            overlaps, fraction = box_overlap(product.geometry, query.box)
-            unknown += fraction is None
-            yield product, fraction if overlaps else -1         # outside
-        if unknown:
-            log.warning("footprints: %d missing or not readable; these products count as "
-                        "overlapping", unknown)
+        yield from ((product, None) for product in products)
+        return
 
     def reason(found):
-        if found[1] is None or 100 * found[1] >= minimum:
-            return ""
-        return "outside" if found[1] < 0 else (
-            "cover less than area.minimum, %g per cent" % minimum)
+        _, overlaps, fraction = found
+        if not overlaps:
+            return "outside"
+        few = fraction is not None and 100 * fraction < minimum
+        return "cover less than area.minimum, %g per cent" % minimum if few else ""
 
-    return sieve(covered(), "area", reason)
+    unknown = 0
+    found = ((product, *box_overlap(product.geometry, query.box)) for product in products)
+    for product, _, fraction in sieve(found, "area", reason):
+        unknown += fraction is None
+        yield product, fraction
+    if unknown:
+        log.warning("footprints: %d missing or not readable; these products count as overlapping",
+                    unknown)
 
 
 def selected(rows, options):
@@ -3348,7 +3307,7 @@ def best_rows(rows):
 
     def merit(row):
         return (STREAM_RANK.get(row.processing, 0), row.collection, row.processor_version,
-                parse_name(row.filename).get("production", ""))
+                parse_name(row.filename).get("production", ""), row.filename, row.product_id)
 
     def reason(row):
         orbit = row.producttype, parse_name(row.filename).get("orbit", "")
@@ -3366,9 +3325,8 @@ def session_of(options):
     """Return the Session that the settings ask for."""
     retry = Retry(*map(options.get, (
         "download.maxtry", "download.nsec_wait", "download.nsec_wait_max")))
-    timeout, trusted, token_url, connections = map(options.get, (
-        "timeout", "trusted_hosts", "token_url", "download.connections"))
-    return Session(timeout, retry, trusted, token_url, connections)
+    return Session(options.get("timeout"), retry, *map(options.get, (
+        "trusted_hosts", "token_url", "download.connections")))
 
 
 def list_rows(options, session):
@@ -3405,6 +3363,8 @@ def inquire(settings, rcbase="", session=None, today=None):
     path, geojson = (expand_time(options.get("output." + name), today)
                      for name in ("file", "geojson"))
     columns, dmode = options.get("output.columns"), options.get("dmode")
+    if os.path.abspath(geojson) == os.path.abspath(path):
+        raise options.wrong("output.geojson", "is the table, output.file; expected another file")
     rows, geometries = list_rows(options, session or session_of(options))
     write_table(rows, path, columns, dmode)
     log.info("%s: %d products", path, len(rows))
@@ -3430,10 +3390,9 @@ def tasks_of(rows, directory=".", part=None):
             path = os.path.join(fill_in(directory, row), name)
         except ValueError as error:
             raise TableError("row of %r: %s" % (row.filename[:200], error)) from None
-        if path in tasks and tasks[path].href != row.href:
+        known = () if is_directory_product(row.filename) else (int(row.size or 0), row.md5)
+        if tasks.setdefault(path, Task(row.href, path, *known)).href != row.href:
             log.warning("%s: twice in the table; %s is not fetched", name, row.href)
-        tasks.setdefault(path, Task(row.href, path) if is_directory_product(row.filename) else
-                         Task(row.href, path, int(row.size or 0), row.md5))
     return list(tasks.values())
 
 
@@ -3518,6 +3477,8 @@ class UtopyaRc:
 
     def WriteSettings(self, filename):
         """Write all values, variables filled in."""
+        if self.rcf is None:
+            raise SettingsError("%s: no settings file is read yet; call InitRc" % filename)
         write_settings(self.rcf.settings, filename)
 
 

@@ -1287,6 +1287,9 @@ FIRST_PAGE = 'bmV4dDow'             # next:0 in base64
 def stac_search(space, request):
     """A page of /v1/search, asked by GET or POST."""
     search = json.loads(request.body.decode()) if request.method == 'POST' else request.query
+    if request.method == 'POST' and 'token' not in search and (
+            not isinstance(search.get('filter', {}), dict)):
+        raise BadRequest('Input should be a valid dictionary: filter')
     skip = int(base64.urlsafe_b64decode(search.get('token', FIRST_PAGE)).decode()[5:])
     limit = int(search.get('limit', 10))
     tests = [Condition(lambda record: stac_collection(record) is not None)]
@@ -1337,7 +1340,11 @@ def stac_area(value):
 
 
 def stac_filter(text):
-    """product:type = 'X', in cql2-text."""
+    """product:type = 'X', in cql2-text by GET, in cql2-json by POST."""
+    if isinstance(text, dict):
+        if (text['op'], text['args'][0]) != ('=', {'property': 'product:type'}):
+            raise BadRequest('Filter not understood by the stand-in: %s' % text)
+        return Condition(lambda record: record.producttype == text['args'][1])
     found = re.match(r"\"?product:type\"?\s*=\s*(%s)$" % QUOTED, text)
     if not found:
         raise BadRequest('Filter not understood by the stand-in: %s' % text)
@@ -2189,7 +2196,8 @@ class StandInTest(unittest.TestCase):
         """Pages by GET and by POST; a box over the date line is read the long way round."""
         search = {'collections': ['sentinel-5p-l2-o3-tcl-offl'], 'limit': 1,
                   'datetime': '2018-05-01T00:00:00Z/2018-05-02T00:00:00Z', 'bbox': [0, -5, 9, 5],
-                  'filter': "product:type='L2__O3_TCL'", 'fields': '-properties.datetime'}
+                  'filter': {'op': '=', 'args': [{'property': 'product:type'}, 'L2__O3_TCL']},
+                  'fields': '-properties.datetime'}
         ids = []
         with DataSpace() as space:
             while search:
@@ -2907,6 +2915,7 @@ class OriginalNamesTest(SettingsCase):
                for n, text in enumerate(texts)}
         rc = self.utopya("".join("${k%d} : ${v%d}\n" % (n, n) for n in range(len(values))), env=env)
         self.assertEqual({key: rc.rcf.get(key, "str") for key in rc.rcf.keys()}, values)
+        self.assertRaises(cso.SettingsError, cso.UtopyaRc().WriteSettings, self.path("out.rc"))
         rc.WriteSettings(self.path("out.rc"))
         again = cso.RcFile(self.path("out.rc"))
         self.assertEqual({key: again.get(key, "str") for key in again.keys()}, values)
@@ -3574,7 +3583,7 @@ class CatalogueTest(CatalogueCase):
             (odata_entry(ContentDate={'Start': '2025-03-11T12:19:40' + written, 'End': (
                 '2025-03-11T13:18:05' + written)}), 'start end',
              '2025-03-11 12:19:40%s 2025-03-11 13:18:05%s' % (meant, meant))
-            for written, meant in (('Z', ''), ('.1Z', '.100000'), ('.123Z', '.123000'), ('', ''),
+            for written, meant in (('Z', ''), ('.1Z', '.100000'), ('.123Z', '.123000'), ('', ''), ('z', ''),
                                    ('.123456Z', '.123456'), ('.123456789Z', '.123456'),
                                    ('.999999999Z', '.999999'), ('.123456+00:00', '.123456'),
                                    ('.000000Z', ''))])
@@ -3589,7 +3598,7 @@ class CatalogueTest(CatalogueCase):
         blake3 = {'Value': 2 * md5, 'Algorithm': 'BLAKE3'}
         self.read_entries('odata', [(odata_entry(Checksum=[changed(
             {}, Value=value, Algorithm='MD5')]), 'md5', '') for value in (
-                '', 'N/A', zeros, None, md5[1:], md5 + '0', KeyError)] + [
+                '', 'N/A', zeros, None, md5[1:], md5 + '0', '0x' + md5[2:], KeyError)] + [
             (odata_entry(Checksum=checksum), 'md5', known) for checksum, known in (
                 (KeyError, ''), (None, ''), ([], ''), ([{}], ''), ([blake3], ''),
                 ([blake3, {'Value': md5, 'Algorithm': 'MD5'}], md5.lower()))])
@@ -3665,10 +3674,16 @@ class CatalogueTest(CatalogueCase):
                            *(('odata', odata_entry(ContentDate={'Start': text, 'End': text}))
                              for text in ('now', '', '2024-06-04', '2024-06-04T24:01:00Z',
                                           '2024-06-04T11:01:00.1234567890Z',
+                                          '2024-06-04T11:01:00.123+01Z',
                                           '2024-06-04T11:01:00 CEST')),
                            ('opensearch', {'properties': {}}), ('opensearch', {}),
                            ('opensearch', resto_entry(title=KeyError)),
                            ('stac', stac_entry(asset={'alternate': KeyError})),
+                           *((api, entry) for text in ('a\rb', 'a\nb', 'a\ud800') for api, entry in (
+                               ('odata', odata_entry(PublicationDate=text)),
+                               ('opensearch', dict(resto_entry(), id=text)),
+                               ('stac', stac_entry(**{'product:timeliness_category': text})))),
+                           ('opensearch', dict(resto_entry(), id='x)/../../y(')),
                            ('stac', {'id': 'x', 'properties': {}})):
             with self.subTest(api, entry=entry):
                 self.tell(space, api, page_of(api, entry))
@@ -3679,7 +3694,7 @@ class CatalogueTest(CatalogueCase):
     def test_names_that_are_no_file_names_are_errors(self):
         space = self.use(DataSpace([]))
         for name in ('', '.', '..', '...', ' .. ', '../a.nc', '/etc/passwd', 'a/b.nc', 'a\\b.nc',
-                     'C:a.nc', 'a\nb.nc', 'a\0b.nc', 'a\x7fb', 'NUL', 'con.nc', 'a.nc:stream'):
+                     'C:a.nc', 'a\nb.nc', 'a\0b.nc', 'a\x7fb', 'NUL', 'con.nc', 'a.nc:stream', 'a\ud800.nc'):
             for api, entry in (('odata', odata_entry(Name=name)),
                                ('opensearch', resto_entry(title=name)),
                                ('stac', stac_entry(asset={'file:local_path': name}))):
@@ -3797,6 +3812,16 @@ class CatalogueTest(CatalogueCase):
                 self.assertIn('collections=' + ','.join('sentinel-2-' + name for name in names),
                               space.requests[-1][1])
 
+    def test_types_and_collections_of_stac(self):
+        """A name of its own is taken as it is; a body has its filter in JSON."""
+        with DataSpace() as space:
+            for collection, area in (('Sentinel2', ''), ('Sentinel2', '170,-80,-170,80'),
+                                     ('Sentinel2', '170,-50,-170,50'), ('sentinel-2-l1c', '')):
+                with self.subTest(collection, area=area):
+                    names = self.names(space, {'collection': collection, 'area': area,
+                                               'producttype': 'S2MSI1C'}, 'stac')
+                    self.assertEqual(len(names), 0 if area else 2)
+
     def test_links_of_stac_that_are_merged(self):
         more, area = {'token': FIRST_PAGE}, {'area': '170,-50,-170,50', 'area.filter': 'server'}
         for merge in (True, False):
@@ -3894,28 +3919,39 @@ class PagingTest(CatalogueCase):
         """OData leaves nextLink out beyond 10,000: no link does not mean that all is there."""
         self.small_pages(5)
         for limit in (None, 3):
-            with DataSpace(made_products(23), page_limit=limit) as space:
-                for api in ('odata', 'opensearch'):
-                    with self.subTest(api, page_limit=limit):
-                        space.faults.add('no-link', api, None)
-                        self.assertEqual(len(self.inquire(space, {}, api)), 23)
+            for records in (made_products(23), copies(23), list(
+                    made_products(3, '2017-01-01T00:00:00')) + copies(20)):
+                with DataSpace(records, page_limit=limit) as space:
+                    for api in ('odata', 'opensearch'):
+                        with self.subTest(api, page_limit=limit):
+                            space.faults.add('no-link', api, None)
+                            self.assertEqual(len(self.inquire(space, {}, api)), 23)
+        with DataSpace([]) as space:
+            self.tell(space, 'odata', {'value': [odata_entry()], '@odata.nextLink': None})
+            self.assertEqual(len(self.search(space, 'odata')), 1)
 
     def test_pages_that_were_not_asked_for(self):
-        """An empty or an old page in the place of a later one: the list would look whole."""
+        """An empty, old or later page in the place of another: the list would look whole."""
         self.small_pages()
         self.write('table.csv', 'old')
-        start, end = '2018-07-01T00:34:45Z', '2018-07-01T01:34:45Z'
-        old = {'odata': odata_entry(ContentDate={'Start': start, 'End': end}),
-               'opensearch': resto_entry(startDate=start, completionDate=end)}
         with DataSpace(made_products(35)) as space:
-            for api, entries, page in itertools.product(old, (0, 1), (1, 3)):
-                with self.subTest(api, page=page, entries=entries):
+            for api, start, page in itertools.product(('odata', 'opensearch'), (
+                    None, '2018-07-01T00:34:45Z', '2019-07-01T00:34:45Z'), (1, 3)):
+                with self.subTest(api, page=page, start=start):
+                    entry = odata_entry(ContentDate={'Start': start, 'End': start}) if (
+                        api == 'odata') else resto_entry(startDate=start, completionDate=start)
                     space.faults.clear()
                     space.faults.add('told', api, 1, page, body=page_of(
-                        api, *[old[api]] * entries))
+                        api, *[entry] * bool(start)))
                     with self.assertRaises(cso.DataSpaceError):
                         self.inquire(space, {}, api)
                     self.assertEqual(self.read('table.csv'), b'old')
+        with DataSpace(copies(35)) as space:
+            for api, page in itertools.product(('odata', 'opensearch'), (1, 2, 4)):
+                with self.subTest(api, page=page), self.assertRaises(cso.DataSpaceError):
+                    space.faults.clear()
+                    space.faults.add('told', api, 1, page, body=page_of(api))
+                    self.inquire(space, {}, api)
 
     def test_many_products_with_one_start(self):
         for count, size, limit in ((1500, 1000, None), (150, 10, None), (40, 30, 7), (10, 10, None),
@@ -4018,7 +4054,7 @@ class RetiredTest(CatalogueCase):
     def test_asked_for_by_name_it_is_an_error(self):
         self.write('table.csv', 'old')
         reasons = {'301': 'DOCTYPE', 'html': 'DOCTYPE', 'empty': '0 bytes', 'drop': 'resto',
-                   'json': 'no FeatureCollection'}      # the others say their own word
+                   'json': 'no list'}      # the others say their own word
         for how in self.MODES:
             for url, api in ((self.space.opensearch, 'auto'), (self.space.opensearch, 'opensearch'),
                              ('http://%s/resto/api/' % CATALOGUE, 'opensearch')):
@@ -4108,6 +4144,8 @@ class InquireTest(CatalogueCase):
             ('url', 'https://example.org/api', 'api'),
             ('url', 'https://me:secret@example.org/odata', "'...@example.org/odata'"), ('best', 'maybe', "'maybe'"),
             ('download_url', 'https://example.org/Products()/$value', '{product_id}'),
+            ('download_url', '{product_id}', 'no url'),
+            ('output.geojson', '${my.output.file}', 'another file'),
             ('output.columns', 'orbit;md6', 'md6'), ('selection', '%{orbit} ==', 'expression'),
             ('selection', "__import__('os')", '__import__'), ('dmode', 'rwx', 'octal'),
             ('download.maxtry', '0', '1 or more'), ('download.connections', '0', '1 to 20'),
@@ -4175,6 +4213,29 @@ class InquireTest(CatalogueCase):
                     found = self.names(space, {'timerange.start': start, 'timerange.end': end}, api)
                     with self.subTest(api, start=start, end=end):
                         self.assertEqual(''.join(sorted(letters[name] for name in found)), expected)
+
+    def test_periods_that_no_millisecond_ends(self):
+        one, begin = made_products(1)[0], datetime.datetime(2018, 7, 1, 0, 0, 0, 999)
+        for start, end in (('2018-07-01T23:59:59.999700Z', '2018-07-02T00:30:00Z'),
+                           ('2018-06-30T00:00:00.000100Z', '2018-07-01T00:30:00Z')):
+            with DataSpace([one._replace(start=as_time(start), end=as_time(end))]) as space:
+                for api, (first, last) in itertools.product(APIS, (
+                        (begin, datetime.datetime(2018, 7, 1, 23, 59, 59, 999999)),
+                        (datetime.datetime.min, datetime.datetime.max))):
+                    query = cso.Query(getattr(space, api), 'Sentinel5P', 'L2__NO2___', first, last)
+                    with self.subTest(api, start=start, first=first):
+                        found = cso.in_period(cso.search(query, self.session(space)), query)
+                        self.assertEqual(len(list(found)), 1)
+
+    def test_auxiliary_products_that_began_long_before(self):
+        orbit = made_products(1)[0]._replace(
+            name='S1A_OPER_AUX_POEORB_x.EOF', collection='SENTINEL-1', producttype='AUX_POEORB',
+            start=as_time('2024-01-01T22:59:42'), end=as_time('2024-01-03T00:59:42'))
+        with DataSpace([orbit]) as space:
+            for api in ('odata', 'opensearch'):
+                self.assertEqual(self.names(space, {
+                    'collection': 'Sentinel1', 'producttype': orbit.producttype,
+                    'timerange.start': '2024-01-03', 'timerange.end': '2024-01-04'}, api), [orbit.name])
 
     @unittest.skipUnless(hasattr(time, 'tzset'), 'no tzset here')
     def test_local_time_changes_nothing(self):
@@ -4251,6 +4312,12 @@ class InquireTest(CatalogueCase):
         aux = [record for record in RECORDS if record.producttype == 'AUX_CTMANA']
         with DataSpace(aux) as space:      # names without an orbit
             self.assertEqual(len(self.names(space, {'best': 'T', 'producttype': 'AUX_CTMANA'})), 2)
+        twins = [self.row_of(id) for id in 'ab']        # the same one, whatever the service's order
+        self.assertEqual(cso.best_rows(twins), cso.best_rows(twins[::-1]))
+
+    def row_of(self, id):
+        day = datetime.datetime(2025, 3, 11)
+        return cso.row_of(cso.Product(id, NO2, 'L2__NO2___', day, day), '{product_id}')
 
     def test_area(self):
         def covering(day, east, geometry=True):
