@@ -3594,6 +3594,10 @@ class CatalogueTest(CatalogueCase):
         self.read_entries('odata', [
             (odata_entry(ContentLength=size), 'size', known) for size, known in (
                 (622854144, 622854144), (1, 1), (0, 0), (-1, 0), (None, 0), (KeyError, 0))])
+        with DataSpace([]) as space, self.assertRaisesRegex(cso.CatalogueError, 'not a time'):
+            self.tell(space, 'odata', page_of('odata', odata_entry(ContentDate={
+                'Start': '2025-03-11T12:19:40.123+01Z', 'End': '2025-03-11T23:00:00Z'})))
+            self.search(space, 'odata')
         zeros, md5 = 32 * '0', 'FB6A3D0D83655781C952C6FB6E88F962'
         blake3 = {'Value': 2 * md5, 'Algorithm': 'BLAKE3'}
         self.read_entries('odata', [(odata_entry(Checksum=[changed(
@@ -3918,7 +3922,7 @@ class PagingTest(CatalogueCase):
     def test_links_that_lead_nowhere_are_not_needed(self):
         """OData leaves nextLink out beyond 10,000: no link does not mean that all is there."""
         self.small_pages(5)
-        for limit in (None, 3):
+        for limit in (None, 3, 2):
             for records in (made_products(23), copies(23), list(
                     made_products(3, '2017-01-01T00:00:00')) + copies(20)):
                 with DataSpace(records, page_limit=limit) as space:
@@ -3931,18 +3935,22 @@ class PagingTest(CatalogueCase):
             self.assertEqual(len(self.search(space, 'odata')), 1)
 
     def test_pages_that_were_not_asked_for(self):
-        """An empty, old or later page in the place of another: the list would look whole."""
+        """An empty, old, later or unsorted page in the place of another: the list would look whole."""
+        def entry(api, number):         # starts as made product `number` does
+            start = (datetime.datetime(2018, 7, 1, 0, 34, 45)
+                     + datetime.timedelta(seconds=6090 * number)).isoformat() + 'Z'
+            return odata_entry(ContentDate={'Start': start, 'End': start}) if (
+                api == 'odata') else resto_entry(startDate=start, completionDate=start)
+
         self.small_pages()
         self.write('table.csv', 'old')
         with DataSpace(made_products(35)) as space:
-            for api, start, page in itertools.product(('odata', 'opensearch'), (
-                    None, '2018-07-01T00:34:45Z', '2019-07-01T00:34:45Z'), (1, 3)):
-                with self.subTest(api, page=page, start=start):
-                    entry = odata_entry(ContentDate={'Start': start, 'End': start}) if (
-                        api == 'odata') else resto_entry(startDate=start, completionDate=start)
+            for api, numbers, page in itertools.product(('odata', 'opensearch'), (
+                    (), (0,), (20,), (5000,), (9, 30, 20)), (1, 3)):
+                with self.subTest(api, page=page, numbers=numbers):
                     space.faults.clear()
                     space.faults.add('told', api, 1, page, body=page_of(
-                        api, *[entry] * bool(start)))
+                        api, *[entry(api, number) for number in numbers]))
                     with self.assertRaises(cso.DataSpaceError):
                         self.inquire(space, {}, api)
                     self.assertEqual(self.read('table.csv'), b'old')
@@ -4227,15 +4235,20 @@ class InquireTest(CatalogueCase):
                         found = cso.in_period(cso.search(query, self.session(space)), query)
                         self.assertEqual(len(list(found)), 1)
 
-    def test_auxiliary_products_that_began_long_before(self):
+    def test_products_that_began_long_before(self):
         orbit = made_products(1)[0]._replace(
             name='S1A_OPER_AUX_POEORB_x.EOF', collection='SENTINEL-1', producttype='AUX_POEORB',
             start=as_time('2024-01-01T22:59:42'), end=as_time('2024-01-03T00:59:42'))
-        with DataSpace([orbit]) as space:
-            for api in ('odata', 'opensearch'):
+        days = orbit._replace(
+            name='S5P_OFFL_L2__O3_TCL_20231230T000000_20240103T235959_32190_03_020601_'
+                 '20240112T000000.nc', collection='SENTINEL-5P', producttype='L2__O3_TCL',
+            start=as_time('2023-12-30T00:00:00'), end=as_time('2024-01-03T23:59:59'))
+        for record, api in itertools.product((orbit, days), ('odata', 'opensearch')):
+            with self.subTest(record.producttype, api=api), DataSpace([record]) as space:
                 self.assertEqual(self.names(space, {
-                    'collection': 'Sentinel1', 'producttype': orbit.producttype,
-                    'timerange.start': '2024-01-03', 'timerange.end': '2024-01-04'}, api), [orbit.name])
+                    'collection': record.collection, 'producttype': record.producttype,
+                    'timerange.start': '2024-01-03', 'timerange.end': '2024-01-04'}, api),
+                    [record.name])
 
     @unittest.skipUnless(hasattr(time, 'tzset'), 'no tzset here')
     def test_local_time_changes_nothing(self):
