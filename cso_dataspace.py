@@ -1297,6 +1297,8 @@ def geometry_from_wkt(text):
 
     The wrapper may be missing. Places keep two values. None for any other text, or no text.
     """
+    if not text:        # as in every entry of a list that was asked for without footprints
+        return None
     try:
         kind, nested = WKT.fullmatch(text).groups()
         nested = re.sub(r"([^\s(),]+)\s+([^\s(),]+)[^(),]*", r"[\1,\2]", nested)
@@ -1953,6 +1955,10 @@ class Session(contextlib.AbstractContextManager):
                 return decode_json(self.read(response, request.url), request.url)
         return self.retrying("catalogue", ask, retry)
 
+    def login(self, url):
+        """Get an access token for the host of a url now; raise LoginError or HttpError."""
+        self.retrying("token", lambda: self.token.get(host_of(url)))
+
     def post(self, url, fields):
         """Return the body of the answer to a form, sent once: who needs the token tries again."""
         self.check_stop()
@@ -2445,7 +2451,7 @@ def first_page(query, session):
     query = query._replace(
         api=api, url=query.url.rstrip("/"), collection=mission(query.collection),
         start=whole(max(query.start, EARLIEST)),
-        end=min(query.end, LATEST) + datetime.timedelta(microseconds=999))
+        end=whole(min(query.end, LATEST) + datetime.timedelta(microseconds=999)))    # rounded up
     request = ADAPTERS[api].first(query)
     retry = session.retry._replace(maxtry=min(2, session.retry.maxtry)) if substitute else None
     try:
@@ -3279,13 +3285,13 @@ def in_area(products, query, minimum):
                     unknown)
 
 
-def selected(rows, options):
-    """Yield the rows that meet the condition `selection`."""
+def selected(pairs, options):
+    """Yield the (row, product) pairs whose row meets the condition `selection`."""
     condition = options.get("selection")
 
-    def reason(row):
+    def reason(pair):
         try:
-            keep = evaluate(condition, row._asdict())
+            keep = evaluate(condition, pair[0]._asdict())
         except ValueError as error:
             raise options.wrong("selection", "fails: %s; columns are %s, written %%{orbit}" % (
                 error, " ".join(Row._fields))) from None
@@ -3294,7 +3300,7 @@ def selected(rows, options):
                                 "written \\!= in a settings file" % (keep,))
         return "" if keep else "not selected"
 
-    return sieve(rows, "selection", reason) if condition else rows
+    return sieve(pairs, "selection", reason) if condition else pairs
 
 
 def best_rows(rows):
@@ -3335,16 +3341,15 @@ def list_rows(options, session):
     The geometries only where output.geojson asks for them.
     """
     options.warn_of_misspelt()
-    query, template, geometries = query_of(options), options.get("download_url"), {}
+    query, template = query_of(options), options.get("download_url")
     minimum, best, geojson = map(options.get, ("area.minimum", "best", "output.geojson"))
-
-    def row(product, fraction):
-        if geojson:         # kept as text: decoded, the points would take five times the memory
-            geometries[product.product_id] = json.dumps(split_geometry(product.geometry))
-        return row_of(product, template, fraction)
-
     found = in_area(in_period(search(query, session), query), query, minimum)
-    rows = list(selected(itertools.starmap(row, found), options))
+    pairs = ((row_of(product, template, fraction), product) for product, fraction in found)
+    rows, geometries = [], {}
+    for row, product in selected(pairs, options):
+        rows.append(row)
+        if geojson:         # kept as text: decoded, the points would take five times the memory
+            geometries[row.product_id] = json.dumps(split_geometry(product.geometry))
     if not rows:
         log.warning("nothing found: %s %s, %s to %s, area %s; see %s", query.collection,
                     query.producttype, query.start, query.end,
@@ -3385,12 +3390,13 @@ def tasks_of(rows, directory=".", part=None):
         raise SettingsError("%r %s" % (directory, error)) from None
     tasks = {}
     for row in part_of(list(rows), part):
+        zipped = is_directory_product(row.filename)
         try:
-            name = safe_name(row.filename) + ".zip" * is_directory_product(row.filename)
+            name = safe_name(row.filename) + ".zip" * zipped
             path = os.path.join(fill_in(directory, row), name)
         except ValueError as error:
             raise TableError("row of %r: %s" % (row.filename[:200], error)) from None
-        known = () if is_directory_product(row.filename) else (int(row.size or 0), row.md5)
+        known = () if zipped else (int(row.size or 0), row.md5)
         if tasks.setdefault(path, Task(row.href, path, *known)).href != row.href:
             log.warning("%s: twice in the table; %s is not fetched", name, row.href)
     return list(tasks.values())
@@ -3521,7 +3527,7 @@ class CSO_DataSpace_Downloader:
     def CreateToken(self, href, indent=''):
         """Get an access token for the host of a download url now; raise LoginError or HttpError."""
         log.info("%saccess token for %s", indent, shown(href))
-        self.session.retrying("token", lambda: self.session.token.get(host_of(href)))
+        self.session.login(href)
 
     def DownloadFile(self, href, output_file, maxtry=10, nsec_wait=5, nsec_wait_max=600,
                      dmode=None, indent=''):
@@ -3719,7 +3725,7 @@ def command_run(args, screen):
         if args.dry_run:
             return dry_run(options, session, directory, args.part)
         if may_see_token(url, session.http.trusted):            # a wrong password too
-            session.retrying("token", lambda: session.token.get(host_of(url)))
+            session.login(url)
         rows = inquire(options.settings, options.rcbase, session)
         return fetch_all(tasks_of(rows, directory, args.part), session, args.report, screen,
                          given["dmode"])
